@@ -1,0 +1,1 @@
+"""What is known: knowledge graphs, known answers, reading and checking files, named graphs."""

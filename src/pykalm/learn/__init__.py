@@ -1,0 +1,1 @@
+"""How it learns: losses, batches, gradient caching, the training loop."""

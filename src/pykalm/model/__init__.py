@@ -1,0 +1,1 @@
+"""Who reads it: any Hugging Face causal LM, adapters, the encoder, the entity index, the run folder."""

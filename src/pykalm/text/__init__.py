@@ -1,0 +1,1 @@
+"""How it is said: verbalisation, the only place that builds strings, and the token trie."""

@@ -1,0 +1,1 @@
+"""What it is for: answering queries with an aligned model."""
