@@ -1,0 +1,23 @@
+# Thin fronts over scripts/, for people who like make.
+.PHONY: help demo test check breaks docs clean
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+
+demo:           ## the main job on the bundled graph and a small language model
+	@sh scripts/demo
+
+test:           ## the fast tests
+	@sh scripts/test
+
+check:          ## style, types, imports
+	@sh scripts/check
+
+breaks:         ## every law of tests/laws must turn red when its seeded break is put in
+	@sh scripts/breaks
+
+docs:           ## write docs/configuration.md anew from the settings
+	@sh scripts/docs
+
+clean:          ## remove what setting up and testing left behind (not runs/)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,201 @@
+"""The settings of a run: one frozen pydantic model per section, with bounds and meanings."""
+
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Hold what all sections share: frozen, unknown keys refused, only finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextSettings(Settings):
+    """How triples are put into words."""
+
+    template: Literal["published", "prefix-sharing"] = Field(
+        "prefix-sharing",
+        description="Wording of queries, candidates and completions. `prefix-sharing` lets the query and the candidate"
+        " text of an entity begin with the same tokens, so that the entity is computed once (docs/method.md §6).",
+    )
+    descriptions: bool = Field(True, description="Whether entity texts hold the description after the name.")
+    max_entity_tokens: Positive = Field(50, description="Cut of an entity text, in tokens (paper: 50).")
+    max_relation_tokens: Positive = Field(32, description="Cut of a relation text, in tokens.")
+    max_answer_tokens: Positive = Field(
+        64, description="Cut of a completion's answer, in tokens (paper: 256 for the whole completion)."
+    )
+
+
+class AdapterSettings(Settings):
+    """Which weights of the language model learn."""
+
+    kind: Literal["lora", "full"] = Field(
+        "lora", description="`lora` trains low-rank adapters, `full` every weight."
+    )
+    rank: Positive = Field(16, description="Rank of the adapters (paper: 8).")
+    alpha: float = Field(
+        32, gt=0, description="Scale of the adapters; their output is multiplied by alpha / rank."
+    )
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="Share of adapter inputs dropped in training (paper: 0.05)."
+    )
+    targets: Literal["auto", "mlp"] | tuple[str, ...] = Field(
+        "auto",
+        description="Modules that get an adapter: `auto` all linear layers of the blocks, `mlp` the feed-forward ones"
+        " (paper), or a list of module names.",
+    )
+    quantize: Literal["none", "4bit"] = Field(
+        "none",
+        description="Precision of the frozen base weights; `4bit` needs a GPU and `pip install pykalm[quantize]`.",
+    )
+
+    @model_validator(mode="after")
+    def check_quantized_base_is_frozen(self) -> Self:
+        """Refuse to train weights that are stored in 4 bits."""
+        if self.kind == "full" and self.quantize != "none":
+            raise ValueError(
+                "wanted adapter.kind lora for a 4-bit base, whose weights cannot be trained; found full"
+            )
+        return self
+
+
+class ObjectiveSettings(Settings):
+    """What is minimised: L = L_exp + λ · L_imp (docs/method.md §2-4)."""
+
+    explicit: bool = Field(
+        True, description="Whether the dual-view contrastive loss is trained (docs/method.md §2)."
+    )
+    implicit: bool = Field(True, description="Whether the completion loss is trained (docs/method.md §3).")
+    implicit_weight: float = Field(
+        0.01, ge=0, description="λ, the weight of the completion loss (paper: 0.01)."
+    )
+    temperature: float = Field(0.05, gt=0, description="τ at the start of training (paper: 0.05).")
+    learn_temperature: bool = Field(True, description="Whether log(1/τ) is trained with the model.")
+    margin: float = Field(0.02, ge=0, description="γ, taken from the cosine of the true pair (paper: 0.02).")
+    completion_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
+    )
+
+    @model_validator(mode="after")
+    def check_something_is_trained(self) -> Self:
+        """Refuse an objective without any loss."""
+        if not (self.explicit or self.implicit):
+            raise ValueError(
+                "wanted at least one of objective.explicit and objective.implicit true; found both false"
+            )
+        return self
+
+
+class TrainingSettings(Settings):
+    """How long, how fast and on what the model learns."""
+
+    epochs: float = Field(
+        10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20)."
+    )
+    max_steps: Positive | None = Field(
+        None, description="Ends training after so many optimiser steps, if sooner."
+    )
+    batch_size: Positive = Field(128, description="Triples per step; both directions of each are trained.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest learning rate (paper: 1e-4).")
+    weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay (paper: 0.001).")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate goes on after the warm-up; the first two end at 0."
+    )
+    warmup_share: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0."
+    )
+    clip_norm: float = Field(
+        1.0, gt=0, description="Largest norm of the whole gradient; above it is scaled down."
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Number format of the model; losses are always fp32."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where the model runs; `auto` takes a GPU where there is one."
+    )
+    row_tokens: Positive = Field(512, description="Tokens per packed row of a batch's trie.")
+    chunk_tokens: Positive = Field(
+        2048, description="Tokens per forward pass. Lower it when memory runs out."
+    )
+    memory_tokens: Positive = Field(
+        16384,
+        description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching, which"
+        " computes every text twice. Lower it when memory runs out.",
+    )
+    evaluate_every: int = Field(
+        0, ge=0, description="Steps between evaluations on valid; 0 is once per epoch."
+    )
+    validation_triples: Positive | None = Field(
+        500, description="Valid triples that are ranked at an evaluation, drawn by seed; null takes all."
+    )
+    patience: Positive | None = Field(
+        None, description="Stops after so many evaluations without a better valid MRR; null never does."
+    )
+    save_every: int = Field(
+        0, ge=0, description="Steps between saves of the state for --resume; 0 is at each evaluation."
+    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Where metrics go besides metrics.jsonl; needs `pip install pykalm[tracking]`."
+    )
+
+    @model_validator(mode="after")
+    def check_a_row_fits_a_chunk(self) -> Self:
+        """Refuse rows that are longer than a forward pass."""
+        if self.row_tokens > self.chunk_tokens:
+            raise ValueError(
+                f"wanted training.row_tokens at most training.chunk_tokens ({self.chunk_tokens}); found {self.row_tokens}"
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    """How a model is measured (docs/method.md §9)."""
+
+    split: Literal["valid", "test"] = Field("test", description="The triples that are asked.")
+    chunk_queries: Positive = Field(
+        256, description="Queries ranked at once; memory grows with this times the entities."
+    )
+
+
+class Config(Settings):
+    """Everything that decides a run besides the files of the graph and of the model."""
+
+    graph: str = Field(description="Name of a graph (`kalm data list`) or a folder.")
+    model: str = Field(
+        "smollm2-135m", description="Language model: a known name, hub id, local folder or GGUF file."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Start of every random generator.")
+    text: TextSettings = TextSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    def to_yaml(self) -> str:
+        """Write every setting, defaults included, in the order of this file."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def list_fields() -> dict[str, FieldInfo]:
+    """Return every setting by its dotted key, in the order of the models."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Settings):
+            fields |= {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+        else:
+            fields[name] = field
+    return fields
+
+
+FIELDS = list_fields()
+SECTIONS = tuple(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key))
