@@ -1,0 +1,213 @@
+"""The vectors of all entities of a graph, kept with the fingerprint of what made them.
+
+Entities with the same text share one row, so that their scores are equal to the last bit, however a matrix product
+is cut into blocks: ties are counted, not broken by rounding.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pykalm.errors import ModelError, RunError
+from pykalm.graph.graph import IntArray
+from pykalm.text.trie import TokenIds
+
+Progress = Callable[[int, int], None]
+
+FORMAT = 1
+VECTORS_FILE = "entities.safetensors"
+DESCRIPTION_FILE = "index.json"
+
+
+class TextEncoder(Protocol):
+    """Turn token sequences into unit vectors (model.encoder.Encoder does)."""
+
+    def embed(self, texts: Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class EntityTexts(Protocol):
+    """Give the token sequence of every entity (text.verbalize.Verbalizer does)."""
+
+    def candidates(self, entities: IntArray) -> list[TokenIds]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class EntityIndex:
+    """Hold the distinct vectors (U, D) of E entities, float32 unit rows; entity e has row_of_entity[e]."""
+
+    vectors: Tensor
+    row_of_entity: IntArray
+    fingerprint: str
+
+    @property
+    def num_entities(self) -> int:
+        """Count the entities, which may be more than the distinct vectors."""
+        return len(self.row_of_entity)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Score every entity for query (B, D); returns (B, E), the cosine for unit rows."""
+        return entity_scores(query, self.vectors, torch.from_numpy(self.row_of_entity))
+
+    def save(self, folder: Path) -> None:
+        """Write the index; an interrupted save leaves the previous index or one that `load` refuses."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = torch.from_numpy(self.row_of_entity)
+        tensors = {"vectors": self.vectors.contiguous(), "row_of_entity": rows}
+        replace_file(folder / VECTORS_FILE, lambda path: save_file(tensors, path))
+        description = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "num_entities": self.num_entities,
+            "num_vectors": len(self.vectors),
+            "width": self.vectors.shape[1],
+            "sha256": _file_hash(folder / VECTORS_FILE),
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        replace_file(folder / DESCRIPTION_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @staticmethod
+    def load(folder: Path, *, expected_fingerprint: str) -> "EntityIndex":
+        """Read an index; raises RunError when it is missing, damaged or made by other weights or texts."""
+        description = _read_description(folder / DESCRIPTION_FILE)
+        found = description.get("fingerprint")
+        if found != expected_fingerprint:
+            raise RunError(
+                f"{folder}: stale index: wanted fingerprint {expected_fingerprint[:12]} (of these weights, "
+                f"texts and templates), found {str(found)[:12]}. Delete the folder; it is then built again."
+            )
+        path = folder / VECTORS_FILE
+        if not path.is_file() or _file_hash(path) != description.get("sha256"):
+            raise _damaged(path, "the file is missing or its sha256 is not the one in index.json")
+        try:
+            tensors = load_file(path)
+            return EntityIndex(tensors["vectors"], tensors["row_of_entity"].numpy(), expected_fingerprint)
+        except (SafetensorError, KeyError) as error:
+            raise _damaged(path, str(error)) from error
+
+
+def build_index(
+    encoder: TextEncoder, texts: EntityTexts, num_entities: int, *, progress: Progress | None = None
+) -> EntityIndex:
+    """Embed every entity of a graph."""
+    return embed_with_entities(encoder, texts, num_entities, (), progress=progress)[0]
+
+
+def embed_with_entities(
+    encoder: TextEncoder,
+    texts: EntityTexts,
+    num_entities: int,
+    queries: Sequence[TokenIds],
+    *,
+    progress: Progress | None = None,
+) -> tuple[EntityIndex, Tensor]:
+    """Embed every entity and some queries in one call, so that what their texts share is computed once.
+
+    Returns the index and the query vectors (B, D); equal queries are embedded once. METHOD.md §6.
+    """
+    candidates, row_of_candidate = distinct_texts(texts.candidates(np.arange(num_entities, dtype=np.int64)))
+    distinct_queries, row_of_query = distinct_texts(queries)
+    embedded = encoder.embed([*candidates, *distinct_queries], progress=progress)
+    vectors, row_of_vector = distinct_rows(embedded[: len(candidates)])
+    index = EntityIndex(vectors, row_of_vector[row_of_candidate], index_fingerprint(encoder, texts))
+    return index, embedded[len(candidates) :][torch.from_numpy(row_of_query)]
+
+
+def index_fingerprint(encoder: TextEncoder, texts: EntityTexts) -> str:
+    """Name what an index depends on: weights and pooling, texts with their templates and cut-offs."""
+    return hashlib.sha256(f"{encoder.fingerprint()}\n{texts.fingerprint()}".encode()).hexdigest()
+
+
+def entity_scores(query: Tensor, vectors: Tensor, row_of_entity: Tensor) -> Tensor:
+    """Score query (B, D) against the distinct vectors (U, D), then spread to the entities: (B, E) float32.
+
+    Raises ModelError where a score is not a finite number: such scores cannot be ordered.
+    """
+    scores = query.float() @ vectors.float().T
+    _require_finite(scores)
+    return scores.index_select(1, row_of_entity)
+
+
+def _require_finite(scores: Tensor) -> None:
+    # aminmax keeps a NaN, and needs no memory.
+    if scores.numel() and not all(bool(extreme.isfinite()) for extreme in scores.aminmax()):
+        raise ModelError(
+            "wanted finite scores, found NaN or infinity in the vectors of queries or entities. The weights are "
+            "damaged or float16 is too narrow: take an earlier checkpoint, or use bfloat16 or float32."
+        )
+
+
+def distinct_texts(texts: Sequence[TokenIds]) -> tuple[list[TokenIds], IntArray]:
+    """Keep the first of equal token sequences; returns the distinct ones and the row there of each text."""
+    row_of_key: dict[bytes, int] = {}
+    distinct: list[TokenIds] = []
+    rows = np.empty(len(texts), dtype=np.int64)
+    for position, text in enumerate(texts):
+        key = np.ascontiguousarray(text, dtype=np.int64).tobytes()
+        row = row_of_key.setdefault(key, len(distinct))
+        if row == len(distinct):
+            distinct.append(text)
+        rows[position] = row
+    return distinct, rows
+
+
+def distinct_rows(vectors: Tensor) -> tuple[Tensor, IntArray]:
+    """Keep the first of bitwise equal rows of vectors (N, D); returns (U, D) and each row's place there."""
+    values = np.ascontiguousarray((vectors.float() + 0.0).numpy())  # adding zero turns -0.0 into 0.0
+    keys = values.view(np.dtype((np.void, values.dtype.itemsize * values.shape[1]))).ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # keeps the order of the rows
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return torch.from_numpy(values[first[order]]), place[inverse].astype(np.int64)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there at once, so that no one ever sees half a file."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error}). What was there before is whole. "
+            "Make room or take another folder."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_description(path: Path) -> dict[str, object]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: wanted an entity index, found none. Build it again.") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise _damaged(path, f"wanted format {FORMAT}")
+    return description
+
+
+def _damaged(path: Path, reason: str) -> RunError:
+    return RunError(
+        f"{path}: the entity index is damaged ({reason}). Delete its folder; it is then built again."
+    )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
