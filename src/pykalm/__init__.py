@@ -1,7 +1,7 @@
 """kalm aligns an autoregressive language model with a knowledge graph, measures it, and asks it.
 
-Nothing is loaded at import: each name below is fetched from its module when it is first used, so that the command line
-can print its help without loading PyTorch. This is the only place of the package that imports lazily.
+Nothing is loaded at import: each name below is fetched from its module when it is first used, so that the
+command line can print its help without loading PyTorch. No other place of the package imports lazily.
 """
 
 from importlib import import_module

@@ -48,8 +48,8 @@ class Setting:
 def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defaults: Any) -> Config:
     """Build the settings from defaults, then the file, then `key=value` overrides; later ones win.
 
-    Keys of overrides are dotted (`training.epochs=3`) and their values YAML; a default of a section is a mapping.
-    Raises ConfigError with all problems at once.
+    Keys of overrides are dotted (`training.epochs=3`) and their values YAML; a default of a section is a
+    mapping. Raises ConfigError with all problems at once.
     """
     problems: list[str] = []
     settings = list(flatten(defaults, place="argument"))
@@ -80,7 +80,7 @@ def flatten(values: Mapping[str, Any], *, place: str) -> Iterator[Setting]:
 
 
 def nest(settings: Iterable[Setting]) -> dict[str, Any]:
-    """Turn settings with dotted keys into nested values; a section that is no mapping is kept, to be refused."""
+    """Turn settings with dotted keys into nested values; a section that is no mapping stays as it is."""
     values: dict[str, Any] = {}
     for setting in settings:
         section, dot, key = setting.key.partition(".")
@@ -164,9 +164,8 @@ def explain(error: ValidationError, settings: Mapping[str, Setting]) -> list[str
         elif key in FIELDS:
             lines[key] = f"{place}{key}: wanted {describe(FIELDS[key])}, found {settings[key].value!r}."
         else:
-            lines[key] = (
-                f"{place}{key} is a section: wanted `key: value` lines below it, found {settings[key].value!r}."
-            )
+            found = repr(settings[key].value)
+            lines[key] = f"{place}{key} is a section: wanted `key: value` lines below it, found {found}."
     return list(lines.values())
 
 
@@ -228,11 +227,12 @@ def table_of(section: str, model: Any) -> list[str]:
 
 PAGE_INTRODUCTION = """# Configuration
 
-This page is generated from the models in `src/pykalm/settings.py` by `make docs`; a test holds the two together.
+This page is generated from the models in `src/pykalm/settings.py` by `make docs`; a test holds the two
+together.
 
-Settings come from three places, later ones win: the defaults below, a YAML file (`kalm train --config FILE`), and
-`--set key=value` with a dotted key and a YAML value, as in `--set training.epochs=3 --set "adapter.targets=[q_proj, v_proj]"`.
-A file holds the sections as nested keys:
+Settings come from three places, later ones win: the defaults below, a YAML file (`kalm train --config FILE`),
+and `--set key=value` with a dotted key and a YAML value, as in
+`--set training.epochs=3 --set "adapter.targets=[q_proj, v_proj]"`. A file holds the sections as nested keys:
 
 ```yaml
 graph: world
@@ -241,6 +241,7 @@ training:
   learning_rate: 1e-3
 ```
 
-Unknown keys and values out of bounds are refused, all in one message. Every run folder keeps the resolved settings in
-`config.yaml`, which is itself a valid `--config` file. "Paper" stands for the published settings (docs/method.md).
+Unknown keys and values out of bounds are refused, all in one message. Every run folder keeps the resolved
+settings in `config.yaml`, which is itself a valid `--config` file. "Paper" stands for the published settings
+(docs/method.md §5).
 """

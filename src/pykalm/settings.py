@@ -20,8 +20,9 @@ class TextSettings(Settings):
 
     template: Literal["published", "prefix-sharing"] = Field(
         "prefix-sharing",
-        description="Wording of queries, candidates and completions. `prefix-sharing` lets the query and the candidate"
-        " text of an entity begin with the same tokens, so that the entity is computed once (docs/method.md §6).",
+        description="Wording of queries, candidates and completions. `prefix-sharing` lets the query and the"
+        " candidate text of an entity begin with the same tokens, so that the entity is computed once"
+        " (docs/method.md §6).",
     )
     descriptions: bool = Field(True, description="Whether entity texts hold the description after the name.")
     max_entity_tokens: Positive = Field(50, description="Cut of an entity text, in tokens (paper: 50).")
@@ -46,12 +47,13 @@ class AdapterSettings(Settings):
     )
     targets: Literal["auto", "mlp"] | tuple[str, ...] = Field(
         "auto",
-        description="Modules that get an adapter: `auto` all linear layers of the blocks, `mlp` the feed-forward ones"
-        " (paper), or a list of module names.",
+        description="Modules that get an adapter: `auto` all linear layers of the blocks, `mlp` those of the"
+        " feed-forward part (paper), or a list of module names.",
     )
     quantize: Literal["none", "4bit"] = Field(
         "none",
-        description="Precision of the frozen base weights; `4bit` needs a GPU and `pip install pykalm[quantize]`.",
+        description="Precision of the frozen base weights; `4bit` needs a GPU and"
+        " `pip install pykalm[quantize]`.",
     )
 
     @model_validator(mode="after")
@@ -127,8 +129,8 @@ class TrainingSettings(Settings):
     )
     memory_tokens: Positive = Field(
         16384,
-        description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching, which"
-        " computes every text twice. Lower it when memory runs out.",
+        description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching,"
+        " which computes every text twice. Lower it when memory runs out.",
     )
     evaluate_every: int = Field(
         0, ge=0, description="Steps between evaluations on valid; 0 is once per epoch."
@@ -151,7 +153,8 @@ class TrainingSettings(Settings):
         """Refuse rows that are longer than a forward pass."""
         if self.row_tokens > self.chunk_tokens:
             raise ValueError(
-                f"wanted training.row_tokens at most training.chunk_tokens ({self.chunk_tokens}); found {self.row_tokens}"
+                f"wanted training.row_tokens at most training.chunk_tokens ({self.chunk_tokens});"
+                f" found {self.row_tokens}"
             )
         return self
 
