@@ -1,0 +1,38 @@
+"""The two objectives as pure functions of states: dual-view contrast (L_exp) and triple completion (L_imp)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Finite, so that a row without negatives has a gradient (of zero); exp(MASKED) is exactly 0 in float32.
+MASKED = -1e9
+
+
+def dual_view_loss(
+    query: Tensor, candidates: Tensor, *, log_scale: Tensor, margin: float, positives: Tensor, known: Tensor
+) -> Tensor:
+    """Return L_exp = ½ · (L(hr→t) + L(t→hr)), the mean over P positives of both views. METHOD.md §2.
+
+    query (B, D) and candidates (C, D): unit rows, each distinct text once; log_scale: log(1/τ), a scalar;
+    positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where (query, candidate) is any
+    known training triple. A known pair is never a negative, in either view, so every positive meets the same negatives
+    and counts once.
+    """
+    assert query.dtype == candidates.dtype == torch.float32
+    scale = log_scale.float().exp()
+    scores = query @ candidates.T * scale
+    i, j = positives.T
+    positive = scores[i, j] - margin * scale
+    negative = scores.masked_fill(known, MASKED)
+    tails = F.softplus(negative.logsumexp(dim=1)[i] - positive)
+    heads = F.softplus(negative.logsumexp(dim=0)[j] - positive)
+    return (tails.mean() + heads.mean()) / 2
+
+
+def completion_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed −log p of targets (T,) under float32 logits (T, V); divide once by what the step counted.
+
+    METHOD.md §3.
+    """
+    assert logits.dtype == torch.float32
+    return F.cross_entropy(logits, targets, reduction="sum")

@@ -1,0 +1,151 @@
+"""The encoder: a causal language model that reads token tries, pools their texts, and holds the temperature."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pykalm.model.attention import trie_attention
+from pykalm.text.trie import RowGroup, TokenIds, TokenTrie, build_trie, row_group
+
+TEXTS_AT_ONCE = 1 << 16
+Progress = Callable[[int, int], None]
+
+
+class Encoder(nn.Module):
+    """Map texts to unit vectors: the last layer's state (after the final norm) at a text's last token. METHOD.md §1.
+
+    Knows nothing of strings. `packed` says whether the texts of a batch share one trie; where a model cannot take its
+    mask, every text is a row of its own. log(1/τ) is a parameter here, so it is optimised and saved with the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        source_fingerprint: str,
+        temperature: float = 0.05,
+        learn_temperature: bool = True,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        row_tokens: int = 512,
+        chunk_tokens: int = 2048,
+        packed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.source_fingerprint = source_fingerprint
+        self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
+        device = next(model.parameters()).device
+        start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
+        self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
+
+    @property
+    def causal_lm(self) -> Any:
+        """Return the Hugging Face causal LM inside the adapter, if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the texts are computed."""
+        return self.log_inverse_temperature.device
+
+    @property
+    def width(self) -> int:
+        """Return D, the width of a vector: that of the states which the output head reads."""
+        return int(self.causal_lm.get_output_embeddings().weight.shape[-1])
+
+    def temperature(self) -> float:
+        """Return τ."""
+        return math.exp(-float(self.log_inverse_temperature))
+
+    def lay_out(self, texts: Sequence[TokenIds]) -> TokenTrie:
+        """Put texts into one trie, or one text a row where the model needs separate passes."""
+        return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
+
+    def forward(self, group: RowGroup, *, shared: bool) -> Tensor:
+        """Return the states (rows · width, D) of a group of rows, flattened, with gradient where that is on."""
+        token_ids, depths, ends = (
+            torch.from_numpy(part).to(self.device) for part in (group.token_ids, group.depths, group.ends)
+        )
+        arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
+        if shared:
+            mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
+            arguments |= {"position_ids": depths, "attention_mask": mask}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            states: Tensor = self.causal_lm.base_model(**arguments)[0]
+        return states.flatten(0, 1)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return float32 logits (T, V) of states (T, D), with the scaling and soft-capping that some families apply."""
+        config = self.causal_lm.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            logits: Tensor = self.causal_lm.get_output_embeddings()(states).float()
+        logits = logits * float(getattr(config, "logit_scale", None) or 1) / float(
+            getattr(config, "logits_scaling", None) or 1
+        )
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor:
+        """Return the vectors of N texts (N, D), float32 unit rows on the CPU, in eval mode and without gradient.
+
+        Texts are laid out in sorted slices, so that those with a common prefix share it however many there are;
+        progress is called with (tokens done, tokens in all).
+        """
+        order = sorted(range(len(texts)), key=[text.astype(">u4").tobytes() for text in texts].__getitem__)
+        slices = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
+        total, done = sum(len(text) for text in texts), 0
+        vectors = torch.empty(len(texts), self.width)
+        was_training = self.training
+        self.eval()
+        for slice_ in slices:
+            chosen = [texts[i] for i in slice_]
+            trie = self.lay_out(chosen)
+            share = sum(len(text) for text in chosen) / trie.num_nodes
+
+            def report(nodes: int, base: int = done, share: float = share) -> None:
+                if progress is not None:
+                    progress(min(total, base + int(nodes * share)), total)
+
+            vectors[torch.tensor(slice_)] = self._embed_trie(trie, report)
+            done += sum(len(text) for text in chosen)
+        self.train(was_training)
+        return vectors
+
+    def _embed_trie(self, trie: TokenTrie, report: Callable[[int], None]) -> Tensor:
+        """Return the vectors of a trie's texts, every distinct text read once."""
+        wanted, back = np.unique(trie.last_nodes(), return_inverse=True)
+        distinct = torch.empty(len(wanted), self.width)
+        computed = 0
+        for rows in trie.chunks(self.chunk_tokens):
+            group = row_group(trie, rows)
+            which, places = group.find(wanted)
+            states = self(group, shared=trie.shared)[torch.from_numpy(places).to(self.device)]
+            distinct[torch.from_numpy(which)] = pooled(states).cpu()
+            computed += int(trie.row_lengths[rows].sum())
+            report(computed)
+        return distinct[torch.from_numpy(back)]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name; the temperature among them where it is learned."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over base model, learned weights, temperature and passes: equal means equal vectors."""
+        digest = hashlib.sha256(f"{self.source_fingerprint} {self.compute_dtype} {self.packed}".encode())
+        for name, parameter in sorted({**self.trainable(), "τ": self.log_inverse_temperature}.items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pooled(states: Tensor) -> Tensor:
+    """Return states (N, D) as unit rows in float32, whatever the weights are in."""
+    return F.normalize(states.float(), dim=-1)

@@ -1,0 +1,173 @@
+"""The token trie: all texts of a batch, every distinct prefix once, laid out so that one integer a token is the mask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTrie:
+    """Hold N texts as a trie of T nodes, depth-first, cut into rows. METHOD.md §6.
+
+    token_ids, depths (T,): the token of a node, and its distance from the root, which is its position id.
+    ends (T,): the index just after the last descendant. Node i sees node j ⇔ j ≤ i < ends[j]; that is the whole mask.
+    row_starts (rows + 1,): row k is the nodes row_starts[k] : row_starts[k + 1]; no node sees beyond its row.
+    paths (N, longest): the node of every token of every text, in the order the texts were given; −1 past its end.
+    lengths (N,): tokens of every text.
+    shared: False where every row is one text on its own, so that a plain causal pass computes it.
+    """
+
+    token_ids: IntArray
+    depths: IntArray
+    ends: IntArray
+    row_starts: IntArray
+    paths: IntArray
+    lengths: IntArray
+    shared: bool
+
+    @property
+    def num_nodes(self) -> int:
+        """Return T, the number of tokens that a pass computes."""
+        return len(self.token_ids)
+
+    @property
+    def row_lengths(self) -> IntArray:
+        """Return the number of nodes of every row."""
+        return np.diff(self.row_starts)
+
+    def last_nodes(self) -> IntArray:
+        """Return the node of the last token of every text (N,): where it is pooled."""
+        return self.paths[np.arange(len(self.lengths)), self.lengths - 1]
+
+    def chunks(self, max_tokens: int) -> list[IntArray]:
+        """Group rows, long ones first, so that a padded group holds at most max_tokens (one row at least).
+
+        A group is padded to its longest row; rows of like length stand together, so that little is padded.
+        """
+        rows = np.argsort(-self.row_lengths, kind="stable")
+        groups: list[IntArray] = []
+        while len(rows):
+            fit = max(1, max_tokens // int(self.row_lengths[rows[0]]))
+            groups.append(np.sort(rows[:fit]))
+            rows = rows[fit:]
+        return groups
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Hold some rows of a trie side by side (rows, width), as a model takes them; `nodes` (rows, width) are −1 in padding.
+
+    ends count from the start of the row; padding sees itself only, so that no softmax is empty.
+    """
+
+    token_ids: IntArray
+    depths: IntArray
+    ends: IntArray
+    nodes: IntArray
+
+    def find(self, nodes: IntArray) -> tuple[IntArray, IntArray]:
+        """Return, for those of the given nodes that lie in the group, their places in `nodes` and in the flattened group."""
+        flat = self.nodes.ravel()
+        places = np.flatnonzero(flat >= 0)  # rows come in order, so the nodes there ascend
+        at = np.minimum(np.searchsorted(flat[places], nodes), len(places) - 1)
+        inside = np.flatnonzero(flat[places[at]] == nodes)
+        return inside, places[at[inside]]
+
+
+def build_trie(texts: Sequence[TokenIds], *, row_tokens: int, share: bool = True) -> TokenTrie:
+    """Build the trie of N texts (each at least one token), in rows of at most row_tokens, or of one longer text.
+
+    Sorted, a text shares its longest common prefix with its predecessor; what it adds are its nodes, so the sorted order
+    is the depth-first order. With share=False every distinct text is a row of its own. Raises ValueError on an empty text.
+    """
+    lengths = np.fromiter((len(text) for text in texts), dtype=np.int64, count=len(texts))
+    if len(texts) == 0 or lengths.min() < 1:
+        raise ValueError("a trie needs at least one text, and every text at least one token")
+    keys = [np.asarray(text, dtype=">u4").tobytes() for text in texts]
+    order = np.array(sorted(range(len(texts)), key=keys.__getitem__), dtype=np.int64)
+    tokens = _padded([texts[i] for i in order], lengths[order])
+    shared, starts = _cut_rows(_common_prefixes(tokens, lengths[order]), lengths[order], row_tokens if share else 0)
+    return _lay_out(tokens, order, lengths, shared, starts, share)
+
+
+def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
+    """Lay rows of a trie side by side, padded to the longest of them."""
+    lengths, width = trie.row_lengths[rows], int(trie.row_lengths[rows].max())
+    columns = np.arange(width)
+    inside = columns < lengths[:, None]
+    starts = trie.row_starts[rows][:, None]
+    nodes = np.where(inside, starts + columns, -1)
+    return RowGroup(
+        token_ids=np.where(inside, trie.token_ids[nodes], 0),
+        depths=np.where(inside, trie.depths[nodes], 0),
+        ends=np.where(inside, trie.ends[nodes] - starts, columns + 1),
+        nodes=nodes,
+    )
+
+
+def _padded(texts: Sequence[TokenIds], lengths: IntArray) -> IntArray:
+    """Return the texts as one matrix (N, longest), −1 past their ends."""
+    tokens = np.full((len(texts), int(lengths.max())), -1, dtype=np.int64)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(texts)
+    return tokens
+
+
+def _common_prefixes(tokens: IntArray, lengths: IntArray) -> IntArray:
+    """Return how many first tokens each sorted text shares with the one before it."""
+    differs = tokens[1:] != tokens[:-1]
+    first = np.where(differs.any(axis=1), differs.argmax(axis=1), lengths[1:])
+    return np.concatenate([[0], np.minimum(first, lengths[1:])])
+
+
+def _cut_rows(shared: IntArray, lengths: IntArray, row_tokens: int) -> tuple[IntArray, IntArray]:
+    """Cut the sorted texts into rows. Returns shared, with 0 where a row starts, and the first text of every row.
+
+    A row that is full ends before the next text with new nodes; that text then repeats its path from the root.
+    """
+    total = np.concatenate([[0], np.cumsum(lengths - shared)])
+    starts, first, count = [0], 0, len(lengths)
+    while True:
+        room = max(row_tokens, int(lengths[first]))
+        beyond = int(np.searchsorted(total, total[first] + room - shared[first], side="right")) - 1
+        if beyond >= count:
+            break
+        starts.append(beyond)
+        first = beyond
+    shared = shared.copy()
+    shared[starts] = 0
+    return shared, np.array(starts, dtype=np.int64)
+
+
+def _lay_out(
+    tokens: IntArray, order: IntArray, lengths: IntArray, shared: IntArray, starts: IntArray, share: bool
+) -> TokenTrie:
+    """Number the nodes of the sorted texts and read off depths, ends and paths."""
+    depth = np.arange(tokens.shape[1])
+    is_new = (depth >= shared[:, None]) & (tokens >= 0)
+    first_node = np.concatenate([[0], np.cumsum(lengths[order] - shared)])
+    num_nodes = int(first_node[-1])
+    nodes = np.where(is_new, first_node[:-1, None] + depth - shared[:, None], -1)
+
+    # A text sees, at every depth, the node laid down last: along the sorted texts that is a running maximum.
+    sorted_paths = np.where(tokens >= 0, np.maximum.accumulate(nodes, axis=0), -1)
+    paths = np.empty_like(sorted_paths)
+    paths[order] = sorted_paths
+
+    # A node ends where the next text branches off at its depth or above: a running minimum from the back.
+    branch = np.where(depth >= shared[:, None], first_node[:-1, None], num_nodes)
+    following = np.concatenate([branch[1:], np.full((1, len(depth)), num_nodes)])
+    ends = np.minimum.accumulate(following[::-1], axis=0)[::-1]
+    return TokenTrie(
+        token_ids=tokens[is_new],
+        depths=np.broadcast_to(depth, tokens.shape)[is_new],
+        ends=ends[is_new],
+        row_starts=np.append(first_node[starts], num_nodes),
+        paths=paths,
+        lengths=lengths,
+        shared=share,
+    )

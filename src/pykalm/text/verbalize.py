@@ -1,0 +1,155 @@
+"""Verbalisation: from entities and relations to token ids. The only place that puts texts together."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pykalm.config import TextSettings
+from pykalm.errors import GraphError, ModelError
+from pykalm.graph.graph import KnowledgeGraph
+from pykalm.text.templates import TEMPLATES, Templates, parts, split_space
+from pykalm.text.trie import IntArray, TokenIds
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """Hold a prompt and its answer as one text; tokens[answer_start:] are the answer and the end token."""
+
+    tokens: TokenIds
+    answer_start: int
+
+
+class Verbalizer:
+    """Turn what a graph knows into token ids, each entity and relation text tokenised once and cut on tokens.
+
+    Literals, entity texts and relation texts are tokenised apart and joined as ids, so that no cut ever needs to decode,
+    and the last token of a query or candidate (its pooled mark) is never cut.
+    """
+
+    def __init__(
+        self, graph: KnowledgeGraph, tokenizer: Any, settings: TextSettings, *, templates: Templates | None = None
+    ) -> None:
+        self.graph = graph
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.templates = templates or TEMPLATES[settings.template]
+        self._opening = _opening_tokens(tokenizer)
+        self._cache: dict[tuple[str, str], list[TokenIds]] = {}
+        self._literals: dict[str, TokenIds] = {}
+
+    def query(self, head: int, relation: int) -> TokenIds:
+        """Return the text of (head, relation), relation in [0, 2R); pooled at its last token. METHOD.md §1."""
+        return self._join(self.templates.query, {"head": ("entity", head), "relation": ("relation", relation)})
+
+    def candidate(self, entity: int) -> TokenIds:
+        """Return the text of an entity as a candidate, pooled at its last token."""
+        return self._join(self.templates.candidate, {"entity": ("entity", entity)})
+
+    def prompt(self, head: int, relation: int) -> TokenIds:
+        """Return what the model reads before it writes the answer to (head, relation, ?)."""
+        return self._join(self.templates.completion, {"head": ("entity", head), "relation": ("relation", relation)})
+
+    def completion(self, head: int, relation: int, tail: int) -> Completion:
+        """Return prompt, answer and end token of a triple. METHOD.md §3. Raises ModelError without an end token."""
+        prompt = self.prompt(head, relation)
+        named = {"entity": ("answer", tail), "tail": ("answer", tail), "name": ("name", tail)}
+        answer = self._join(self.templates.answer, named, opening=False)
+        return Completion(np.concatenate([prompt, answer, [self.end_token_id()]]), len(prompt))
+
+    def queries(self, heads: IntArray, relations: IntArray) -> list[TokenIds]:
+        """Return the texts of B queries."""
+        return [self.query(int(head), int(relation)) for head, relation in zip(heads, relations, strict=True)]
+
+    def candidates(self, entities: IntArray) -> list[TokenIds]:
+        """Return the texts of C candidates."""
+        return [self.candidate(int(entity)) for entity in entities]
+
+    def free_query(self, name: str, description: str, relation: int) -> TokenIds:
+        """Return the query of an entity that the graph lacks. Raises GraphError when its text is empty."""
+        if not name.strip():
+            raise GraphError("wanted the text of an entity, found nothing. Give at least a name.")
+        text = self.entity_text(name.strip(), description.strip())
+        return self._join(self.templates.query, {"head": ("free", text), "relation": ("relation", relation)})
+
+    def entity_text(self, name: str, description: str) -> str:
+        """Return D(e): name and description in the wording of the run, or the name alone."""
+        if not (description and self.settings.descriptions):
+            return name
+        return self.templates.entity.replace("{name}", name, 1).replace("{description}", description, 1)
+
+    def end_token_id(self) -> int:
+        """Return the token that ends an answer; raises ModelError when the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                "wanted a tokenizer with an end token (eos_token), found none: the model could not learn to stop. "
+                "Set eos_token in the tokenizer's configuration, or train with objective.implicit=false."
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over wordings, cuts, vocabulary and the graph's texts: equal means the same token ids."""
+        vocabulary = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        content = [self.templates.to_dict(), self.settings.model_dump(), vocabulary, self.graph.entity_names,
+                   self.graph.entity_descriptions, self.graph.relation_texts, self.graph.inverse_texts]  # fmt: skip
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, before any cut."""
+        return [len(tokens) for tokens in self._tokenize(texts, limit=None)]
+
+    def _join(self, wording: str, values: dict[str, tuple[str, Any]], *, opening: bool = True) -> TokenIds:
+        """Join the tokens of a wording's literals and fields; `values` names the kind and number of each field."""
+        pieces: list[TokenIds] = [self._opening] if opening else []
+        for literal, field in parts(wording):
+            bare, space = split_space(literal, field)
+            if bare:
+                pieces.append(self._literal(bare))
+            if field:
+                pieces.append(self._field(*values[field], space))
+        return np.concatenate(pieces)
+
+    def _literal(self, text: str) -> TokenIds:
+        if text not in self._literals:
+            self._literals[text] = self._tokenize([text], limit=None)[0]
+        return self._literals[text]
+
+    def _field(self, kind: str, value: Any, space: str) -> TokenIds:
+        """Return the cut tokens of a field. The space before it is tokenised with it, as tokenizers expect."""
+        if kind == "free":
+            return self._tokenize([space + value], limit=self.settings.max_entity_tokens)[0]
+        if (kind, space) not in self._cache:
+            texts, limit = self._texts(kind)
+            self._cache[kind, space] = self._tokenize((space + text for text in texts), limit=limit)
+        return self._cache[kind, space][value]
+
+    def _texts(self, kind: str) -> tuple[Iterable[str], int]:
+        """Return all texts of a kind, in the order of their numbers, and the tokens that each may have."""
+        graph, settings = self.graph, self.settings
+        described = zip(graph.entity_names, graph.entity_descriptions, strict=True)
+        kinds: dict[str, tuple[Callable[[], Iterable[str]], int]] = {
+            "entity": (lambda: [self.entity_text(*pair) for pair in described], settings.max_entity_tokens),
+            "answer": (lambda: [self.entity_text(*pair) for pair in described], settings.max_answer_tokens),
+            "name": (lambda: graph.entity_names, settings.max_answer_tokens),
+            "relation": (
+                lambda: [graph.relation_text(relation) for relation in range(2 * graph.num_relations)],
+                settings.max_relation_tokens,
+            ),
+        }
+        texts, limit = kinds[kind]
+        return texts(), limit
+
+    def _tokenize(self, texts: Iterable[str], *, limit: int | None) -> list[TokenIds]:
+        """Tokenise texts without special tokens and cut each at `limit` tokens."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [np.asarray(ids[:limit], dtype=np.int64) for ids in encoded]
+
+
+def _opening_tokens(tokenizer: Any) -> TokenIds:
+    """Return the special tokens that the tokenizer puts before a text (a begin-of-text token, for some models)."""
+    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    opening = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
+    return np.asarray(opening, dtype=np.int64)
