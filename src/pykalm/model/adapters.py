@@ -1,0 +1,230 @@
+"""Make a loaded language model trainable, by LoRA or in full, and save and restore what was trained, bit for bit."""
+
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pykalm.errors import ModelError, TrainingError
+
+AdapterKind = Literal["lora", "full"]
+Targets = Literal["auto", "all-linear", "mlp"] | list[str]
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+_FULL_WEIGHTS = "model.safetensors"
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    kind: AdapterKind = "lora",
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: Targets = "auto",
+    seed: int = 0,
+) -> nn.Module:
+    """Make a model trainable in place; return the module that `save_adapter` takes (LoRA: a peft wrapper around it).
+
+    LoRA freezes the base as it is (bfloat16, 4-bit) and adds float32 matrices, the same ones for the same seed, to the
+    modules that `find_targets` names. "full" turns every parameter to float32 and trains them all. Where base and
+    trained weights differ in dtype, run the model under `torch.autocast`. Raises ModelError for unknown targets, and
+    for full fine-tuning of a quantised base. METHOD.md §5.
+    """
+    if kind == "full":
+        return _make_fully_trainable(model)
+    names = find_targets(model, targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_dropout=dropout,
+        target_modules=names,
+        task_type=TaskType.CAUSAL_LM,
+        fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+    )
+    adapted = _inject(model, config)
+    _initialise(adapted, torch.Generator().manual_seed(seed))
+    return adapted
+
+
+def find_targets(model: PreTrainedModel, targets: Targets = "auto") -> list[str]:
+    """Name the modules that LoRA adapts, chosen by their type and place.
+
+    "auto" and "all-linear" take every linear module inside the layers, "mlp" those outside attention. A list holds
+    names or endings of names (`["q_proj", "v_proj"]`). Raises ModelError where nothing fits, listing what there is.
+    """
+    available = list(_linear_modules(model))
+    if isinstance(targets, str) and targets not in ("auto", "all-linear", "mlp"):
+        targets = [targets]
+    if targets == "mlp":
+        inside_attention = tuple(
+            f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower()
+        )
+        chosen = [name for name in available if not name.startswith(inside_attention)]
+    elif isinstance(targets, str):
+        chosen = available
+    else:
+        _refuse_unknown(targets, available)
+        chosen = [name for name in available if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if not chosen:
+        raise ModelError(
+            f"adapter.targets: {targets!r} fits no linear module of {type(model).__name__}. Name some of these: "
+            f"{_endings(available)}, or choose kind 'full'."
+        )
+    return chosen
+
+
+def _linear_modules(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of the linear modules inside the layers: not embeddings, output head or projections around them.
+
+    A state-space mixer (it owns `A_log`) hands the weights of its inner linear modules straight to a kernel, past any
+    adapter, so only those that read the layer's input, and so are called as modules, count there.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    width = model.config.get_text_config().hidden_size
+    for stack_name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or len(stack) != depth:
+            continue
+        mixers = tuple(f"{name}." for name, part in stack.named_modules() if hasattr(part, "A_log"))
+        for name, module in stack.named_modules():
+            if not isinstance(module, nn.Linear | Conv1D):  # the linear modules of bitsandbytes are nn.Linear
+                continue
+            if not name.startswith(mixers) or getattr(module, "in_features", None) == width:
+                yield f"{stack_name}.{name}"
+
+
+def _refuse_unknown(targets: list[str], available: list[str]) -> None:
+    """Raise ModelError naming every target that is neither a name nor the end of one."""
+    unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in available)]
+    if unknown:
+        raise ModelError(
+            f"adapter.targets: {', '.join(map(repr, unknown))} not among the linear modules of the model's layers. "
+            f"Choose from: {_endings(available)}."
+        )
+
+
+def _endings(names: list[str]) -> str:
+    """List the distinct last parts of module names."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+
+
+def _make_fully_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn every parameter to float32, so that small updates are not rounded away, and train them all."""
+    if getattr(model, "is_quantized", False):
+        raise ModelError("a quantised base cannot be trained in full. Choose kind 'lora', or load it unquantised.")
+    return model.float().requires_grad_(True)
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put LoRA layers into a model, with float32 weights, in the model's own mode of training or evaluation."""
+    with torch.random.fork_rng(devices=[]):  # peft draws initial weights from the global generator; ours come later
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # Under autocast, peft's cast of every input to float32 would be undone at once by the matrix product:
+            # 2 % (with dropout 7 %) of a step on two cores and a copy of each input kept for the backward pass.
+            module.cast_input_dtype_enabled = False
+    adapted.train(model.training)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+@torch.no_grad()
+def _initialise(adapted: PeftModel, generator: torch.Generator) -> None:
+    """Draw A as peft does (uniform within 1/√fan-in) from a generator on the CPU, whatever the device; B stays 0."""
+    for name, parameter in adapted.named_parameters():
+        if ".lora_A." in name:
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.copy_(values)
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Save what was trained: LoRA in peft's layout, a fully trained model as a Hugging Face folder; safetensors both.
+
+    Everything is written beside the folder first and then moved in, weights last: a full disk or a kill leaves the
+    earlier files whole. Raises TrainingError where writing fails.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as draft:
+            _write(model, Path(draft))
+            folder.mkdir(exist_ok=True)
+            for file in sorted(Path(draft).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "Free some space" if full else "Check the folder and its rights"
+        raise TrainingError(f"{folder}: cannot save the model: {error}. {remedy}; what was there before is whole.") from error
+
+
+def _write(model: nn.Module, folder: Path) -> None:
+    """Write the files of a LoRA adapter or of a whole model into an empty folder, weights as one file."""
+    if isinstance(model, PeftModel):
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / _ADAPTER_WEIGHTS)
+        config = model.peft_config["default"]
+        config.target_modules = sorted(config.target_modules or [])  # peft keeps a set: its order would vary by run
+        config.save_pretrained(str(folder))
+        return
+    assert isinstance(model, PreTrainedModel)
+    model.save_pretrained(folder, max_shard_size="1000GB")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
+    """Put what `save_adapter` saved into a model of the same base, in place; return what `add_adapter` returned.
+
+    Raises ModelError where the folder holds no adapter, a damaged one, or one for another model.
+    """
+    try:
+        if (folder / _ADAPTER_CONFIG).is_file():
+            return _load_lora(model, folder, trainable=trainable)
+        if (folder / _FULL_WEIGHTS).is_file():
+            return _load_full(model, folder, trainable=trainable)
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: wanted an adapter for {type(model).__name__}, found one that is damaged or belongs to another "
+            f"model: {error}. Give the base model it was trained on, or restore the folder."
+        ) from error
+    raise ModelError(
+        f"{folder}: wanted an adapter, found neither {_ADAPTER_CONFIG} nor {_FULL_WEIGHTS}. Check the path of the run."
+    )
+
+
+def _load_lora(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+    """Inject LoRA layers as the saved settings say and fill them with the saved weights."""
+    state = load_file(folder / _ADAPTER_WEIGHTS)
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    config.inference_mode = not trainable
+    adapted = _inject(model, config)
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if wanted.keys() != state.keys():
+        odd = sorted(wanted.keys() ^ state.keys())
+        raise ModelError(
+            f"{folder / _ADAPTER_WEIGHTS}: {len(odd)} tensors do not fit the model's adapter, among them {odd[0]!r}. "
+            "Give the base model it was trained on."
+        )
+    set_peft_model_state_dict(adapted, state)
+    return adapted
+
+
+def _load_full(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PreTrainedModel:
+    """Fill a model with saved weights, through transformers, which knows how a family's saved names differ."""
+    saved = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    _make_fully_trainable(model).load_state_dict(saved.state_dict())
+    return model.requires_grad_(trainable)
