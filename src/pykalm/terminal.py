@@ -1,0 +1,88 @@
+"""What the command line shows besides its results: progress with time left, messages and errors, all on stderr."""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Watcher = Callable[[int, int, str], None]
+SECONDS_BETWEEN_LINES = 15.0
+UNEXPECTED = "This is an error of kalm, not of yours. `kalm --traceback ...` (or KALM_TRACEBACK=1) shows where it happened."
+
+
+def say(message: str) -> None:
+    """Print a message for people on stderr, so that stdout holds results only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs on stdout; raises ValueError on NaN, which JSON cannot hold."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
+
+
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout; where stdout is no terminal it is not cut to eighty columns."""
+    console = Console(file=sys.stdout)
+    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=200).print(table)
+
+
+def report_failure(error: BaseException, *, expected: bool, with_traceback: bool) -> None:
+    """Print an error as one message; its traceback only where it was asked for."""
+    if with_traceback:
+        say("".join(traceback.format_exception(error)).rstrip())
+    if expected:
+        say(f"kalm: {error}")
+    else:
+        say(f"kalm: {type(error).__name__}: {error}" + ("" if with_traceback else f"\n{UNEXPECTED}"))
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Watcher]:
+    """Show how far a task is: a bar in a terminal, elsewhere a line now and then.
+
+    Yields a function of (done, total, note) to be called as often as one likes.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lines_now_and_then(title, clock=time.monotonic)
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def watch(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield watch
+
+
+def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
+    """Return a watcher that prints a line with the time left every fifteen seconds; shorter tasks stay silent."""
+    begun = last = clock()
+    first_done: int | None = None
+
+    def watch(done: int, total: int, note: str = "") -> None:
+        nonlocal last, first_done
+        now = clock()
+        # What was done before the first call (a resumed training) says nothing about the speed of this one.
+        first_done = done if first_done is None else first_done
+        if now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        left = (total - done) * (now - begun) / max(1, done - first_done)
+        say(f"{title} {done}/{total}, {format_seconds(left)} left {note}".rstrip())
+
+    return watch
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as h:mm:ss, or m:ss below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
