@@ -125,7 +125,7 @@ class KnowledgeGraph:
         triples, entities = len(np.unique(train, axis=0)), len(np.unique(train[:, [0, 2]]))
         if triples < 2 or entities < 2:
             raise GraphError(
-                f"graph '{self.name}': training wants at least 2 distinct triples over 2 entities to contrast, "
+                f"graph '{self.name}': training wants 2 or more distinct triples over 2 entities, "
                 f"found {triples} over {entities}. Add triples to train."
             )
 

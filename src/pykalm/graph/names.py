@@ -61,7 +61,7 @@ def nearest(text: str, choices: Iterable[str], count: int = 3) -> list[str]:
         originals.setdefault(_fold(choice), choice)
     scored = []
     for folded in originals:
-        if abs(len(folded) - len(wanted)) <= len(wanted):
+        if abs(len(folded) - len(wanted)) <= len(wanted):  # difflib would refuse the others
             other = _letter_pairs(folded)
             scored.append((2 * len(pairs & other) / (len(pairs) + len(other)), folded))
     shortlist = [folded for _, folded in sorted(scored, key=lambda item: (-item[0], item[1]))[:_SHORTLIST]]

@@ -20,12 +20,15 @@ _WANTED = (
 def read_graph(folder: Path, name: str | None = None) -> KnowledgeGraph:
     """Read the graph in `folder`; its name is the folder's unless one is given.
 
-    Files end in .tsv or .txt and are UTF-8, tab-separated. train (wanted), valid, test: head, relation, tail, by
-    id. entities: id, name, description (may be left out). relations: id, text, inverse text (may be left out:
-    then "inverse of TEXT"). valid_negatives, test_negatives: false triples.
+    Files end in .tsv or .txt and are UTF-8, tab-separated:
+
+    - train (wanted), valid, test: head, relation, tail, by id; valid_negatives, test_negatives: false triples.
+    - entities: id, name, description, which may be left out.
+    - relations: id, text, inverse text, which may be left out: then "inverse of TEXT".
+
     Without an entities or relations file the ids, exactly as they are, serve as texts, in the order in which
-    train, valid and test first name them. A line break written as backslash-n in a text becomes a space, since
-    a line end stops a generated answer. Raises GraphError with file, line and remedy, five of a kind at once.
+    train, valid and test first name them. A line break written as backslash-n in a text becomes a space: a
+    line end would stop a generated answer. Raises GraphError with file, line and remedy, five at once.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,7 +70,7 @@ class _Texts:
 
 
 def _read_texts(path: Path | None, columns: str) -> _Texts | None:
-    """Read id, text and detail of every line; raises GraphError for an empty or repeated id, or an empty text."""
+    """Read id, text and detail of every line; raises GraphError for a repeated or empty id or an empty text."""
     if path is None:
         return None
     rows = read_rows(path, (2, 3), f"id, {columns}")
