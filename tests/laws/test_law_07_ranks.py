@@ -72,8 +72,8 @@ def test_ranks_equal_a_brute_force_loop() -> None:
 
 def test_ranks_do_not_depend_on_the_chunk() -> None:
     case = random_case(1, num_queries=23, num_entities=50)
-    for chunk_bytes in (1, 4 * 50 * 2, 4 * 50 * 5, 4 * 50 * 23, 10**9):
-        assert columns(run(case, chunk_bytes=chunk_bytes)) == brute_force(case)
+    for chunk_queries in (1, 2, 5, 22, 23, 1000):
+        assert columns(run(case, chunk_queries=chunk_queries)) == brute_force(case)
 
 
 def test_known_answers_are_removed_not_lowered() -> None:
@@ -93,8 +93,8 @@ def test_known_answers_are_removed_not_lowered() -> None:
 def test_optimistic_realistic_and_pessimistic_are_in_order() -> None:
     tables = [run(random_case(seed, num_queries=50, num_entities=40)) for seed in range(10)]
     for table in tables:
-        assert (table.optimistic >= 1).all() and (table.pessimistic <= table.num_candidates).all()
-        assert (table.optimistic <= table.realistic).all() and (table.realistic <= table.pessimistic).all()
+        in_order = [np.ones(50), table.optimistic, table.realistic, table.pessimistic, table.num_candidates]
+        assert (np.diff(in_order, axis=0) >= 0).all()
     assert any((table.optimistic < table.pessimistic).any() for table in tables)
 
 
@@ -115,6 +115,14 @@ def test_equal_texts_tie_to_the_last_bit() -> None:
     assert (table.pessimistic - table.optimistic + 1).tolist() == [77] * 9
 
 
+def refusal(query: torch.Tensor, vectors: torch.Tensor) -> str:
+    """Return why the ranks of entity 0 are refused, or what they are."""
+    try:
+        return f"ranked: {columns(without_filter(query, vectors, [0, 0]))}"
+    except ModelError as error:
+        return str(error)
+
+
 def test_a_score_that_is_no_number_raises() -> None:
     query, vectors = torch.ones(2, 3), torch.eye(3)
     for bad in (float("nan"), float("inf")):
@@ -124,16 +132,11 @@ def test_a_score_that_is_no_number_raises() -> None:
                 broken_query[1, 0] = bad
             else:
                 broken_vectors[0 if place == "target" else 2, 0] = bad
-            try:
-                without_filter(broken_query, broken_vectors, [0, 0])
-            except ModelError as error:
-                assert "NaN or infinity" in str(error)
-            else:
-                raise AssertionError(f"{bad} in the {place} got a rank")
+            assert "NaN or infinity" in refusal(broken_query, broken_vectors), f"{bad} in the {place}"
 
 
 def test_metrics_equal_sums_by_hand() -> None:
-    # Among 11, 11, 21 and 21 candidates chance ranks (6 + 6 + 11 + 11) / 4 = 8.5; these ranks have mean 6.125.
+    # Among 11, 11, 21 and 21 candidates chance ranks (6 + 6 + 11 + 11) / 4 = 8.5; the mean here is 6.125.
     realistic = np.array([1.0, 2.5, 10.0, 11.0])
     whole = realistic.astype(np.int64)
     metrics = rank_metrics(RankTable(whole, realistic, whole, np.array([11, 11, 21, 21])))
@@ -168,7 +171,7 @@ def known_answers_lowered_by_one() -> Iterator[None]:
 @contextmanager
 def nan_is_ranked() -> Iterator[None]:
     """Let NaN through: every comparison with it is false, so that the target seems to be first."""
-    with mock.patch.object(index, "_require_finite", lambda scores: None):
+    with mock.patch.object(index, "_require_finite", return_value=None):
         yield
 
 

@@ -14,17 +14,15 @@ from pykalm.model.index import entity_scores
 FloatArray = npt.NDArray[np.float64]
 KnownRows = tuple[IntArray, IntArray]
 
-CHUNK_BYTES = (
-    16 * 2**20
-)  # of one score matrix; a few such buffers live at once, small ones stay near the cache
+CHUNK_QUERIES = 256
 
 
 @dataclass(frozen=True, eq=False)
 class RankTable:
     """Hold the ranks of B targets, each (B,), with ties for us, in the mean and against us.
 
-    num_candidates (B,): the entities that took part, the target with them. The realistic rank is the one that is
-    reported: (n + 1) / 2 when all n candidates score the same.
+    num_candidates (B,): the entities that took part, with the target. The realistic rank is the reported one:
+    (n + 1) / 2 when all n candidates score the same.
     """
 
     optimistic: IntArray
@@ -69,22 +67,21 @@ def rank(
     row_of_entity: IntArray,
     targets: IntArray,
     known: KnownRows,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_queries: int = CHUNK_QUERIES,
 ) -> RankTable:
     """Rank the target of every query among all entities, without the other entities known to answer it.
 
     query (B, D); entities (U, D) distinct vectors, of which entity e has row_of_entity[e]; targets (B,);
     known: offsets (B + 1,) and entities, distinct for each query; the target may be among them and is kept.
-    Memory is that of a few buffers of chunk_bytes, or of the scores of one query where that is more.
-    Raises ModelError where a score is NaN or infinite: it has no rank. EVALUATION.md §1.
+    Memory grows with chunk_queries * E, not with B; the entities need no chunks, for the scores of a query are
+    a D-th of the vectors. Raises ModelError where a score is NaN or infinite: it has no rank. EVALUATION.md §1.
     """
     offsets, known_entities = known
     assert len(query) == len(targets) == len(offsets) - 1
     rows = torch.from_numpy(row_of_entity)
-    size = max(1, chunk_bytes // (4 * max(len(row_of_entity), 1)))
     better, equal, candidates = (np.empty(len(targets), dtype=np.int64) for _ in range(3))
-    for start in range(0, len(targets), size):
-        chunk = slice(start, min(start + size, len(targets)))
+    for start in range(0, len(targets), chunk_queries):
+        chunk = slice(start, min(start + chunk_queries, len(targets)))
         scores = entity_scores(query[chunk], entities, rows).numpy()
         chunk_offsets = offsets[chunk.start : chunk.stop + 1]
         removed = known_entities[chunk_offsets[0] : chunk_offsets[-1]]
@@ -97,7 +94,7 @@ def rank(
 def _count(
     scores: npt.NDArray[np.float32], targets: IntArray, known: KnownRows
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Count in scores (B, E), overwritten, the entities above the target, level with it (it too), and left."""
+    """Count in scores (B, E), which it overwrites, the entities above the target, level with it, and left."""
     offsets, known_entities = known
     queries = np.arange(len(targets))
     target_scores = scores[queries, targets][:, None]

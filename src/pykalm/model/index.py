@@ -1,7 +1,7 @@
 """The vectors of all entities of a graph, kept with the fingerprint of what made them.
 
-Entities with the same text share one row, so that their scores are equal to the last bit, however a matrix product
-is cut into blocks: ties are counted, not broken by rounding.
+Entities with the same text share one row, so that their scores are equal to the last bit, however a matrix
+product is cut into blocks: ties are counted, not broken by rounding.
 """
 
 import hashlib
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from pykalm.errors import ModelError, RunError
 from pykalm.graph.graph import IntArray
+from pykalm.model.encoder import Progress
 from pykalm.text.trie import TokenIds
-
-Progress = Callable[[int, int], None]
 
 FORMAT = 1
 VECTORS_FILE = "entities.safetensors"
@@ -62,6 +61,10 @@ class EntityIndex:
         """Score every entity for query (B, D); returns (B, E), the cosine for unit rows."""
         return entity_scores(query, self.vectors, torch.from_numpy(self.row_of_entity))
 
+    def require_fresh(self, encoder: TextEncoder, texts: EntityTexts) -> None:
+        """Raise RunError unless the index was made by this encoder from these texts."""
+        _require_fingerprint(self.fingerprint, index_fingerprint(encoder, texts), "entity index")
+
     def save(self, folder: Path) -> None:
         """Write the index; an interrupted save leaves the previous index or one that `load` refuses."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +86,7 @@ class EntityIndex:
     def load(folder: Path, *, expected_fingerprint: str) -> "EntityIndex":
         """Read an index; raises RunError when it is missing, damaged or made by other weights or texts."""
         description = _read_description(folder / DESCRIPTION_FILE)
-        found = description.get("fingerprint")
-        if found != expected_fingerprint:
-            raise RunError(
-                f"{folder}: stale index: wanted fingerprint {expected_fingerprint[:12]} (of these weights, "
-                f"texts and templates), found {str(found)[:12]}. Delete the folder; it is then built again."
-            )
+        _require_fingerprint(str(description.get("fingerprint")), expected_fingerprint, str(folder))
         path = folder / VECTORS_FILE
         if not path.is_file() or _file_hash(path) != description.get("sha256"):
             raise _damaged(path, "the file is missing or its sha256 is not the one in index.json")
@@ -145,8 +143,8 @@ def _require_finite(scores: Tensor) -> None:
     # aminmax keeps a NaN, and needs no memory.
     if scores.numel() and not all(bool(extreme.isfinite()) for extreme in scores.aminmax()):
         raise ModelError(
-            "wanted finite scores, found NaN or infinity in the vectors of queries or entities. The weights are "
-            "damaged or float16 is too narrow: take an earlier checkpoint, or use bfloat16 or float32."
+            "wanted finite scores, found NaN or infinity in the vectors of queries or entities. The weights "
+            "are damaged or float16 is too narrow: take an earlier checkpoint, or use bfloat16 or float32."
         )
 
 
@@ -188,6 +186,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _require_fingerprint(found: str, expected: str, where: str) -> None:
+    if found != expected:
+        raise RunError(
+            f"{where}: stale index: wanted fingerprint {expected[:12]} (these weights and texts), "
+            f"found {found[:12]}. Delete the index; it is then built again."
+        )
 
 
 def _read_description(path: Path) -> dict[str, object]:
