@@ -1,4 +1,4 @@
-"""The command line `kalm`: it reads arguments, calls the public functions of the package and prints what they return.
+"""The command line `kalm`: it reads arguments, calls the public functions of the package, prints the results.
 
 Exit codes: 0 fine, 1 failed, 2 wrong usage or settings, 130 stopped by Ctrl-C.
 """
@@ -36,7 +36,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; an error that the user can mend is shown as one message."""
+    """Run the command line and return its exit code; an error that one can mend is shown as one message."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with_traceback = "--traceback" in arguments or os.environ.get("KALM_TRACEBACK", "0") not in ("", "0")
     try:
@@ -106,9 +106,7 @@ def fetch_data(
 @data_app.command("check")
 def check_data(
     source: Annotated[str, typer.Argument(metavar="PATH", help="Name or folder of a graph.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer counts the texts that would be cut.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model whose tokenizer counts the texts that would be cut.")] = None,
     max_entity_tokens: Annotated[int, typer.Option(help="Where an entity text is cut.")] = 50,
     as_json: AsJson = False,
 ) -> None:
@@ -165,9 +163,7 @@ def evaluate_links(
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
     run = pykalm.load_run(folder, device=device)
     with show_progress("evaluating") as watch:
-        report = pykalm.evaluate_links(
-            run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch
-        )
+        report = pykalm.evaluate_links(run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch)
     print_json(report.to_dict()) if as_json else print(report)
 
 

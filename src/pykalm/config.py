@@ -62,9 +62,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
         problems += explain(error, latest)
     if problems:
         count = "A problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(
-            "\n  ".join([f"{count} in the settings (all settings: docs/configuration.md):", *problems])
-        )
+        raise ConfigError("\n  ".join([f"{count} in the settings (all settings: docs/configuration.md):", *problems]))
     return config
 
 
@@ -99,9 +97,7 @@ def read_settings(file: Path, problems: list[str]) -> list[Setting]:
     try:
         tree = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if tree is not None and not isinstance(tree, yaml.MappingNode):
-            raise ConfigError(
-                f"{file}: wanted `key: value` lines, found a {tree.id}. See docs/configuration.md."
-            )
+            raise ConfigError(f"{file}: wanted `key: value` lines, found a {tree.id}. See docs/configuration.md.")
         settings = list(walk(tree, file)) if tree is not None else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: wanted a YAML file in UTF-8, found: {error}.") from error
@@ -113,9 +109,7 @@ def read_settings(file: Path, problems: list[str]) -> list[Setting]:
     first: dict[str, str] = {}
     for setting in settings:
         if first.setdefault(setting.key, setting.place) != setting.place:
-            problems.append(
-                f"{setting.place}: {setting.key} is set twice, first at {first[setting.key]}. Keep one."
-            )
+            problems.append(f"{setting.place}: {setting.key} is set twice, first at {first[setting.key]}. Keep one.")
     return settings
 
 
@@ -142,9 +136,7 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> list[Setti
         try:
             settings += flatten({key.strip(): yaml.safe_load(value)}, place=f"--set {text}")
         except yaml.YAMLError:
-            problems.append(
-                f"--set {text}: the value is not YAML. Quote it if it is a text with special characters."
-            )
+            problems.append(f"--set {text}: the value is not YAML. Quote it if it is a text with special characters.")
     return settings
 
 
@@ -195,10 +187,7 @@ def describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(describe_type(argument) for argument in arguments)
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in metadata
-        for name, sign in signs.items()
-        if hasattr(bound, name)
+        f"{sign} {getattr(bound, name)}" for bound in metadata for name, sign in signs.items() if hasattr(bound, name)
     ]
     return " ".join([TYPE_NAMES[annotation], " and ".join(bounds)]).strip()
 

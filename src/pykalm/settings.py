@@ -35,16 +35,10 @@ class TextSettings(Settings):
 class AdapterSettings(Settings):
     """Which weights of the language model learn."""
 
-    kind: Literal["lora", "full"] = Field(
-        "lora", description="`lora` trains low-rank adapters, `full` every weight."
-    )
+    kind: Literal["lora", "full"] = Field("lora", description="`lora` trains low-rank adapters, `full` every weight.")
     rank: Positive = Field(16, description="Rank of the adapters (paper: 8).")
-    alpha: float = Field(
-        32, gt=0, description="Scale of the adapters; their output is multiplied by alpha / rank."
-    )
-    dropout: float = Field(
-        0.05, ge=0, lt=1, description="Share of adapter inputs dropped in training (paper: 0.05)."
-    )
+    alpha: float = Field(32, gt=0, description="Scale of the adapters; their output is multiplied by alpha / rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Share of adapter inputs dropped in training (paper: 0.05).")
     targets: Literal["auto", "mlp"] | tuple[str, ...] = Field(
         "auto",
         description="Modules that get an adapter: `auto` all linear layers of the blocks, `mlp` those of the"
@@ -52,30 +46,23 @@ class AdapterSettings(Settings):
     )
     quantize: Literal["none", "4bit"] = Field(
         "none",
-        description="Precision of the frozen base weights; `4bit` needs a GPU and"
-        " `pip install pykalm[quantize]`.",
+        description="Precision of the frozen base weights; `4bit` needs a GPU and `pip install pykalm[quantize]`.",
     )
 
     @model_validator(mode="after")
     def check_quantized_base_is_frozen(self) -> Self:
         """Refuse to train weights that are stored in 4 bits."""
         if self.kind == "full" and self.quantize != "none":
-            raise ValueError(
-                "wanted adapter.kind lora for a 4-bit base, whose weights cannot be trained; found full"
-            )
+            raise ValueError("wanted adapter.kind lora for a 4-bit base, whose weights cannot be trained; found full")
         return self
 
 
 class ObjectiveSettings(Settings):
     """What is minimised: L = L_exp + λ · L_imp (docs/method.md §2-4)."""
 
-    explicit: bool = Field(
-        True, description="Whether the dual-view contrastive loss is trained (docs/method.md §2)."
-    )
+    explicit: bool = Field(True, description="Whether the dual-view contrastive loss is trained (docs/method.md §2).")
     implicit: bool = Field(True, description="Whether the completion loss is trained (docs/method.md §3).")
-    implicit_weight: float = Field(
-        0.01, ge=0, description="λ, the weight of the completion loss (paper: 0.01)."
-    )
+    implicit_weight: float = Field(0.01, ge=0, description="λ, the weight of the completion loss (paper: 0.01).")
     temperature: float = Field(0.05, gt=0, description="τ at the start of training (paper: 0.05).")
     learn_temperature: bool = Field(True, description="Whether log(1/τ) is trained with the model.")
     margin: float = Field(0.02, ge=0, description="γ, taken from the cosine of the true pair (paper: 0.02).")
@@ -90,21 +77,15 @@ class ObjectiveSettings(Settings):
     def check_something_is_trained(self) -> Self:
         """Refuse an objective without any loss."""
         if not (self.explicit or self.implicit):
-            raise ValueError(
-                "wanted at least one of objective.explicit and objective.implicit true; found both false"
-            )
+            raise ValueError("wanted at least one of objective.explicit and objective.implicit true; found both false")
         return self
 
 
 class TrainingSettings(Settings):
     """How long, how fast and on what the model learns."""
 
-    epochs: float = Field(
-        10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20)."
-    )
-    max_steps: Positive | None = Field(
-        None, description="Ends training after so many optimiser steps, if sooner."
-    )
+    epochs: float = Field(10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20).")
+    max_steps: Positive | None = Field(None, description="Ends training after so many optimiser steps, if sooner.")
     batch_size: Positive = Field(128, description="Triples per step; both directions of each are trained.")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest learning rate (paper: 1e-4).")
     weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay (paper: 0.001).")
@@ -114,9 +95,7 @@ class TrainingSettings(Settings):
     warmup_share: float = Field(
         0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0."
     )
-    clip_norm: float = Field(
-        1.0, gt=0, description="Largest norm of the whole gradient; above it is scaled down."
-    )
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient; above it is scaled down.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Number format of the model; losses are always fp32."
     )
@@ -124,19 +103,20 @@ class TrainingSettings(Settings):
         "auto", description="Where the model runs; `auto` takes a GPU where there is one."
     )
     row_tokens: Positive = Field(512, description="Tokens per packed row of a batch's trie.")
-    chunk_tokens: Positive = Field(
-        2048, description="Tokens per forward pass. Lower it when memory runs out."
-    )
+    chunk_tokens: Positive = Field(2048, description="Tokens per forward pass. Lower it when memory runs out.")
     memory_tokens: Positive = Field(
         16384,
         description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching,"
         " which computes every text twice. Lower it when memory runs out.",
     )
-    evaluate_every: int = Field(
-        0, ge=0, description="Steps between evaluations on valid; 0 is once per epoch."
-    )
+    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on valid; 0 is once per epoch.")
     validation_triples: Positive | None = Field(
         500, description="Valid triples that are ranked at an evaluation, drawn by seed; null takes all."
+    )
+    validation_entities: Positive | None = Field(
+        2048,
+        description="Candidates of an evaluation on valid, drawn by seed beside the entities that its triples hold, so"
+        " that it stays cheap on a large graph; null takes all entities.",
     )
     patience: Positive | None = Field(
         None, description="Stops after so many evaluations without a better valid MRR; null never does."
@@ -172,9 +152,7 @@ class Config(Settings):
     """Everything that decides a run besides the files of the graph and of the model."""
 
     graph: str = Field(description="Name of a graph (`kalm data list`) or a folder.")
-    model: str = Field(
-        "smollm2-135m", description="Language model: a known name, hub id, local folder or GGUF file."
-    )
+    model: str = Field("smollm2-135m", description="Language model: a known name, hub id, local folder or GGUF file.")
     seed: int = Field(0, ge=0, lt=2**32, description="Start of every random generator.")
     text: TextSettings = TextSettings()
     adapter: AdapterSettings = AdapterSettings()

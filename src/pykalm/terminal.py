@@ -1,4 +1,4 @@
-"""What the command line shows besides its results: progress with time left, messages and errors, all on stderr."""
+"""What the command line shows besides its results: progress with time left, messages, errors; on stderr."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Watcher = Callable[[int, int, str], None]
 SECONDS_BETWEEN_LINES = 15.0
-UNEXPECTED = "This is an error of kalm, not of yours. `kalm --traceback ...` (or KALM_TRACEBACK=1) shows where it happened."
+UNEXPECTED = "An error of kalm, not of yours. `kalm --traceback ...` (or KALM_TRACEBACK=1) shows where."
 
 
 def say(message: str) -> None:
@@ -63,7 +63,7 @@ def show_progress(title: str) -> Iterator[Watcher]:
 
 
 def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
-    """Return a watcher that prints a line with the time left every fifteen seconds; shorter tasks stay silent."""
+    """Return a watcher that prints the time left every fifteen seconds; shorter tasks are silent."""
     begun = last = clock()
     first_done: int | None = None
 
