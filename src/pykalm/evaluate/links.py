@@ -67,7 +67,7 @@ class LinkPredictionReport:
         return {**names, **self.about, **self._sides(every_row), "relations": dict(self._relations())}
 
     def save(self, folder: Path, name: str = "links") -> Path:
-        """Write `name`.ranks.tsv, which holds all that the numbers need, and `name`.json; returns its path."""
+        """Write `name`.ranks.tsv, with all that the numbers need, and `name`.json; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         ranks = "\n".join([RANKS_HEADER, *self._rank_lines()]) + "\n"
         summary = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -89,12 +89,8 @@ class LinkPredictionReport:
     def _rank_lines(self) -> Iterator[str]:
         entities, relations = self.graph.entity_ids, self.graph.relation_ids
         for direction, table in (("tail", self.tail), ("head", self.head)):
-            ranks = zip(
-                table.optimistic, table.realistic, table.pessimistic, table.num_candidates, strict=True
-            )
-            for (head, relation, tail), (low, mean, high, num) in zip(
-                self.triples.tolist(), ranks, strict=True
-            ):
+            ranks = zip(table.optimistic, table.realistic, table.pessimistic, table.num_candidates, strict=True)
+            for (head, relation, tail), (low, mean, high, num) in zip(self.triples.tolist(), ranks, strict=True):
                 ids = f"{entities[head]}\t{relations[relation]}\t{entities[tail]}"
                 yield f"{ids}\t{direction}\t{low}\t{mean:.1f}\t{high}\t{num}"
 
@@ -142,7 +138,7 @@ def evaluate_links(
 def validation_mrr(
     graph: KnowledgeGraph, encoder: TextEncoder, texts: GraphTexts, *, limit: int | None = None, seed: int = 0
 ) -> float:
-    """Return the filtered MRR on valid, both directions, or on the same `limit` triples of it at every call."""
+    """Return the MRR on valid in both directions, or on `limit` triples of it, the same at every call."""
     report, _ = evaluate_links(graph, encoder, texts, split="valid", limit=limit, seed=seed)
     return report.mean.mrr
 
@@ -157,7 +153,7 @@ def rank_links(
 ) -> tuple[RankTable, RankTable]:
     """Rank the tails, then the heads, of N triples; query (2N, D) in the order of `both_directions`.
 
-    Every other entity that any split of the graph knows as an answer is removed. Returns (tail side, head side).
+    Every other entity that a split knows as an answer is removed. Returns (tail side, head side).
     """
     rows = both_directions(triples, graph.num_relations)
     ranks = rank(

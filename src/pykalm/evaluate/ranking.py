@@ -35,9 +35,7 @@ class RankTable:
 
     def select(self, rows: npt.NDArray[np.bool_] | IntArray) -> "RankTable":
         """Take some rows, by number or by a mask (B,)."""
-        return RankTable(
-            self.optimistic[rows], self.realistic[rows], self.pessimistic[rows], self.num_candidates[rows]
-        )
+        return RankTable(self.optimistic[rows], self.realistic[rows], self.pessimistic[rows], self.num_candidates[rows])
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,9 @@ def rank(
 
     query (B, D); entities (U, D) distinct vectors, of which entity e has row_of_entity[e]; targets (B,);
     known: offsets (B + 1,) and entities, distinct for each query; the target may be among them and is kept.
-    Memory grows with chunk_queries * E, not with B; the entities need no chunks, for the scores of a query are
-    a D-th of the vectors. Raises ModelError where a score is NaN or infinite: it has no rank. EVALUATION.md §1.
+    Memory grows with chunk_queries * E, not with B; entities need no chunks, for the scores of a query are a
+    D-th of the vectors. Raises ModelError where a score is NaN or infinite: it has no rank.
+    EVALUATION.md §1.
     """
     offsets, known_entities = known
     assert len(query) == len(targets) == len(offsets) - 1
@@ -91,9 +90,7 @@ def rank(
     return _rank_table(better, equal, candidates)
 
 
-def _count(
-    scores: npt.NDArray[np.float32], targets: IntArray, known: KnownRows
-) -> tuple[IntArray, IntArray, IntArray]:
+def _count(scores: npt.NDArray[np.float32], targets: IntArray, known: KnownRows) -> tuple[IntArray, IntArray, IntArray]:
     """Count in scores (B, E), which it overwrites, the entities above the target, level with it, and left."""
     offsets, known_entities = known
     queries = np.arange(len(targets))

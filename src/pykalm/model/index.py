@@ -181,8 +181,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise RunError(
-            f"{path}: cannot be written ({error}). What was there before is whole. "
-            "Make room or take another folder."
+            f"{path}: cannot be written ({error}). What was there before is whole. Make room or take another folder."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -209,9 +208,7 @@ def _read_description(path: Path) -> dict[str, object]:
 
 
 def _damaged(path: Path, reason: str) -> RunError:
-    return RunError(
-        f"{path}: the entity index is damaged ({reason}). Delete its folder; it is then built again."
-    )
+    return RunError(f"{path}: the entity index is damaged ({reason}). Delete its folder; it is then built again.")
 
 
 def _file_hash(path: Path) -> str:
