@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from pykalm.errors import GraphError
 from pykalm.graph.graph import SPLITS, IntArray, KnowledgeGraph
-
-INVERSE_SHARE = 0.8  # a relation is taken for the inverse of another from this share of reversed triples on
+from pykalm.graph.leaks import distinct_triples, inverse_leaks, triple_keys
 
 _EXAMPLES = 3
 
@@ -108,20 +107,22 @@ def check_graph(
     description.
     """
     texts = list(zip(graph.entity_names, graph.entity_descriptions, strict=True))
-    train, later = _distinct(graph, "train"), [split for split in SPLITS[1:] if split in graph.splits]
-    in_train, leaks = np.unique(train[:, [0, 2]]), {split: _inverse_leaks(graph, split) for split in later}
+    train, later = distinct_triples(graph, "train"), [split for split in SPLITS[1:] if split in graph.splits]
+    in_train, leaks = np.unique(train[:, [0, 2]]), {split: inverse_leaks(graph, split) for split in later}
     unseen = {split: np.setdiff1d(graph.splits[split][:, [0, 2]], in_train) for split in later}
     overlaps = _overlaps(graph)
     every = np.concatenate(list(graph.splits.values()))
-    known = _keys(graph, every)
-    true = {split: _keys(graph, rows) for split, rows in graph.negatives.items()}
+    known = triple_keys(graph, every)
+    true = {split: triple_keys(graph, rows) for split, rows in graph.negatives.items()}
     return GraphCheck(
         name=graph.name,
         num_entities=graph.num_entities,
         num_relations=graph.num_relations,
         triples={split: len(rows) for split, rows in graph.splits.items()},
         negatives={split: len(rows) for split, rows in graph.negatives.items()},
-        duplicates={split: len(rows) - len(_distinct(graph, split)) for split, rows in graph.splits.items()},
+        duplicates={
+            split: len(rows) - len(distinct_triples(graph, split)) for split, rows in graph.splits.items()
+        },
         overlaps={pair: len(rows) for pair, rows in overlaps.items()},
         true_negatives={split: int(np.isin(keys, known).sum()) for split, keys in true.items()},
         unseen_entities={split: len(entities) for split, entities in unseen.items()},
@@ -137,71 +138,15 @@ def check_graph(
     )
 
 
-def inverse_relations(graph: KnowledgeGraph) -> dict[int, list[int]]:
-    """Find for each relation r the others whose train triples, reversed, hold for r in 80 % of cases.
-
-    From such an (t, s, h) the triple (h, r, t) can be guessed without understanding anything.
-    """
-    train = _distinct(graph, "train")
-    rows, reverse = _reversed_relations(graph, train)
-    pairs, counts = np.unique(train[rows, 1] * graph.num_relations + reverse, return_counts=True)
-    sizes = np.bincount(train[:, 1], minlength=graph.num_relations)
-    found: dict[int, list[int]] = {}
-    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        relation, other = divmod(pair, graph.num_relations)
-        if relation != other and count >= INVERSE_SHARE * sizes[other]:
-            found.setdefault(relation, []).append(other)
-    return found
-
-
-def _inverse_leaks(graph: KnowledgeGraph, split: str) -> IntArray:
-    """Return the distinct (h, r, t) of a split whose (t, r, h), or (t, inverse of r, h), is in train."""
-    triples = _distinct(graph, split)
-    rows, reverse = _reversed_relations(graph, triples)
-    inverses = inverse_relations(graph)
-    pairs = [
-        relation * graph.num_relations + other for relation, others in inverses.items() for other in others
-    ]
-    relations = triples[rows, 1]
-    leaks = (relations == reverse) | np.isin(relations * graph.num_relations + reverse, pairs)
-    found: IntArray = triples[np.unique(rows[leaks])]
-    return found
-
-
-def _reversed_relations(graph: KnowledgeGraph, triples: IntArray) -> tuple[IntArray, IntArray]:
-    """Return (row, s) for every row (h, r, t) and every train triple (t, s, h)."""
-    train = _distinct(graph, "train")
-    keys = train[:, 0] * graph.num_entities + train[:, 2]
-    order = np.argsort(keys, kind="stable")
-    wanted = triples[:, 2] * graph.num_entities + triples[:, 0]
-    first = np.searchsorted(keys[order], wanted, side="left")
-    counts = np.searchsorted(keys[order], wanted, side="right") - first
-    rows = np.repeat(np.arange(len(triples)), counts)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows, train[order[np.repeat(first, counts) + within], 1]
-
-
-def _distinct(graph: KnowledgeGraph, split: str) -> IntArray:
-    """Return the distinct triples of a split, in order of first appearance."""
-    rows = graph.triples(split)
-    first = np.unique(_keys(graph, rows), return_index=True)[1]
-    distinct: IntArray = rows[np.sort(first)]
-    return distinct
-
-
-def _keys(graph: KnowledgeGraph, rows: IntArray) -> IntArray:
-    """Return one integer for each triple (N,), the same for equal triples only."""
-    keys: IntArray = (rows[:, 0] * graph.num_relations + rows[:, 1]) * graph.num_entities + rows[:, 2]
-    return keys
-
-
 def _overlaps(graph: KnowledgeGraph) -> dict[str, IntArray]:
     found = {}
     splits = [split for split in SPLITS if split in graph.splits]
     for position, first in enumerate(splits):
         for second in splits[position + 1 :]:
-            rows = _distinct(graph, second)
-            shared: npt.NDArray[np.bool_] = np.isin(_keys(graph, rows), _keys(graph, graph.splits[first]))
+            rows = distinct_triples(graph, second)
+            shared: npt.NDArray[np.bool_] = np.isin(
+                triple_keys(graph, rows), triple_keys(graph, graph.splits[first])
+            )
             found[f"{first}/{second}"] = rows[shared]
     return found
 

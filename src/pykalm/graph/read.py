@@ -22,7 +22,7 @@ def read_graph(folder: Path, name: str | None = None) -> KnowledgeGraph:
 
     Files end in .tsv or .txt and are UTF-8, tab-separated:
 
-    - train (wanted), valid, test: head, relation, tail, by id; valid_negatives, test_negatives: false triples.
+    - train (wanted), valid, test: head, relation, tail, by id; {valid,test}_negatives: false triples.
     - entities: id, name, description, which may be left out.
     - relations: id, text, inverse text, which may be left out: then "inverse of TEXT".
 
@@ -70,7 +70,7 @@ class _Texts:
 
 
 def _read_texts(path: Path | None, columns: str) -> _Texts | None:
-    """Read id, text and detail of every line; raises GraphError for a repeated or empty id or an empty text."""
+    """Read id, text and detail of every line; raises GraphError for a repeated id, an empty id or text."""
     if path is None:
         return None
     rows = read_rows(path, (2, 3), f"id, {columns}")
