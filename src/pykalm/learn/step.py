@@ -61,7 +61,7 @@ def _in_one_graph(
     implicit = torch.stack(sums).sum() / max(1, len(batch.answer_nodes))
     total = explicit + objective.implicit_weight * implicit
     total.backward()  # type: ignore[no-untyped-call]
-    return StepLoss(float(total), float(explicit), float(implicit))
+    return StepLoss(*(float(part.detach()) for part in (total, explicit, implicit)))
 
 
 def _cached(
@@ -86,8 +86,8 @@ def _cached(
         chunk_implicit = _implicit_sum(encoder, batch, states, chunk) / count
         surrogate = (vector * gradient[torch.from_numpy(chunk.pooled).to(device)]).sum()
         (surrogate + objective.implicit_weight * chunk_implicit).backward()  # type: ignore[no-untyped-call]
-        implicit += float(chunk_implicit)
-    return StepLoss(float(explicit) + objective.implicit_weight * implicit, float(explicit), implicit)
+        implicit += float(chunk_implicit.detach())
+    return StepLoss(float(explicit.detach()) + objective.implicit_weight * implicit, float(explicit.detach()), implicit)
 
 
 def _chunks(encoder: Encoder, batch: Batch, pooled_nodes: IntArray) -> list[_Chunk]:

@@ -41,6 +41,10 @@ class Verbalizer:
         self._cache: dict[tuple[str, str], list[TokenIds]] = {}
         self._literals: dict[str, TokenIds] = {}
 
+    def for_graph(self, graph: KnowledgeGraph) -> "Verbalizer":
+        """Return the same wordings and cuts for another graph."""
+        return Verbalizer(graph, self.tokenizer, self.settings, templates=self.templates)
+
     def query(self, head: int, relation: int) -> TokenIds:
         """Return the text of (head, relation), relation in [0, 2R); pooled at its last token. METHOD.md §1."""
         return self._join(self.templates.query, {"head": ("entity", head), "relation": ("relation", relation)})

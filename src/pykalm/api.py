@@ -1,0 +1,238 @@
+"""The functions that people call, from a notebook or through the command line: train, measure, ask."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykalm.config import Config, load_config
+from pykalm.errors import ConfigError, RunError
+from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
+from pykalm.evaluate.links import evaluate_links as measure_links
+from pykalm.files import recover_folder
+from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
+from pykalm.graph.check import GraphCheck, check_graph
+from pykalm.graph.graph import KnowledgeGraph
+from pykalm.graph.known import known_answers
+from pykalm.graph.subgraph import sample_for_validation
+from pykalm.learn.batches import BatchBuilder, TripleOrder
+from pykalm.learn.train import StepReport, Trainer
+from pykalm.model.encoder import Progress
+from pykalm.model.index import EntityIndex, build_index, index_fingerprint
+from pykalm.model.load import load_language_model
+from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
+from pykalm.text.verbalize import Verbalizer
+from pykalm.use.predict import Prediction, Predictor
+
+__all__ = [
+    "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "check_data",
+    "evaluate_links", "fetch_data", "list_data", "load_graph", "load_run", "predict", "train",
+]  # fmt: skip
+
+
+def train(
+    graph: KnowledgeGraph | str | Path | None = None,
+    *,
+    out: str | Path,
+    model: str | None = None,
+    config: Config | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    watch: Callable[[StepReport], None] | None = None,
+) -> Run:
+    """Align a language model with a graph, in a new run folder or, with resume, in the one that stopped there.
+
+    settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step. Returns the run with its best
+    weights. Raises RunError where `out` holds a run already (or none, with resume), ConfigError for wrong settings,
+    TrainingError where training cannot go on.
+    """
+    out = Path(out)
+    source = graph.name if isinstance(graph, KnowledgeGraph) else str(graph) if graph is not None else None
+    config = _resolve(config, {"graph": source, "model": model, **(settings or {})}, out if resume else None)
+    loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
+    run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
+    _trainer(run, watch).run()
+    return load_run(out, device=config.training.device, graph=loaded)
+
+
+def evaluate_links(
+    run: Run,
+    *,
+    split: str = "test",
+    baseline: bool = False,
+    graph: KnowledgeGraph | str | Path | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> LinkPredictionReport:
+    """Measure link prediction in both directions over all entities, and save it under RUN/results. EVALUATION.md §1.
+
+    baseline: measure the unaligned model instead, same protocol; graph: another graph than the one of the run, whose
+    relations and entities it may never have seen; limit: so many triples only, drawn by seed.
+    """
+    if graph is not None:
+        other = graph if isinstance(graph, KnowledgeGraph) else load_graph(graph)
+        run = dataclasses.replace(run, graph=other, verbalizer=run.verbalizer.for_graph(other))
+    measured = load_baseline(run) if baseline else run
+    own = graph is None and not baseline
+    report, index = measure_links(
+        run.graph,
+        measured.encoder,
+        run.verbalizer,
+        split=split,
+        limit=limit,
+        seed=run.config.seed,
+        index=_fresh_index(run) if own else None,
+        chunk_queries=run.config.evaluation.chunk_queries,
+        about=_about(run, baseline=baseline),
+        progress=progress,
+    )
+    parts = ["links", run.graph.name if graph is not None else "", split if split != "test" else "",
+             "baseline" if baseline else ""]  # fmt: skip
+    report.save(run.path / "results", ".".join(part for part in parts if part))
+    if own:
+        index.save(run.path / "index")
+    return report
+
+
+def predict(
+    run: Run,
+    *,
+    relation: str,
+    head: str | None = None,
+    tail: str | None = None,
+    k: int = 5,
+    free_text: bool = False,
+    description: str | None = None,
+    hide_known: bool = False,
+) -> Prediction:
+    """Answer (head, relation, ?) or (?, relation, tail) with the k best entities of the run's graph."""
+    hidden = list(run.graph.splits) if hide_known else []
+    return Predictor(run.graph, run.encoder, run.verbalizer, open_index(run)).predict(
+        relation=relation, head=head, tail=tail, k=k, free_text=free_text, description=description, hide_known=hidden
+    )
+
+
+def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:
+    """Return the vectors of all entities: those saved with the run where they are fresh, else new ones, then saved."""
+    index = _fresh_index(run)
+    if index is None:
+        index = build_index(run.encoder, run.verbalizer, run.graph.num_entities, progress=progress)
+        index.save(run.path / "index")
+    return index
+
+
+def check_data(source: str | Path, *, model: str | None = None, max_entity_tokens: int = 50) -> GraphCheck:
+    """Check a graph's files and content; with a model, also which texts its tokenizer would cut."""
+    graph = load_graph(source)
+    if model is None:
+        return check_graph(graph, None, max_entity_tokens=max_entity_tokens)
+    tokenizer = load_tokenizer(model)
+
+    def count_tokens(texts: Any) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    return check_graph(graph, count_tokens, max_entity_tokens=max_entity_tokens)
+
+
+def fetch_data(name: str, to: str | Path | None = None) -> Path:
+    """Download a named graph, check it, and return its folder."""
+    return fetch_graph(name, to=None if to is None else Path(to))
+
+
+def list_data() -> list[GraphEntry]:
+    """Return the named graphs and where each lies."""
+    return list_graphs()
+
+
+def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None) -> Config:
+    """Join settings; with `resumed` they are those of that run, and what is given must not differ from them."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if resumed is None:
+        return load_config(None, overrides, **(config.model_dump(mode="json") if config else {}))
+    saved = read_run_config(resumed)
+    wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
+    if wanted != saved:
+        before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+        changes = [f"{key}: saved {before[key]!r}, found {after[key]!r}" for key in before if before[key] != after[key]]
+        raise ConfigError(
+            f"{resumed}: a run goes on with the settings it began with; wanted no change, found {len(changes)}:\n  "
+            + "\n  ".join(changes)
+            + "\nLeave them out, or start a new run."
+        )
+    return saved
+
+
+def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
+    """Build a run again as it began; the trainer then fills in what was saved."""
+    if not (path / "config.yaml").is_file():
+        raise RunError(f"{path}: wanted a run to go on with, found none. Start it without --resume.")
+    recover_folder(path / "adapter")
+    return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
+
+
+def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
+    config, graph = run.config, run.graph
+    builder = BatchBuilder(
+        graph,
+        run.verbalizer,
+        known_answers(graph, ["train"]),
+        run.encoder.lay_out,
+        explicit=config.objective.explicit,
+        completion_share=config.objective.completion_share if config.objective.implicit else 0,
+    )
+    return Trainer(
+        run.encoder,
+        builder,
+        TripleOrder(graph.triples("train"), config.training.batch_size, config.seed),
+        config,
+        run.path,
+        save_best=lambda progress: run.save_aligned(step=progress.step, valid_mrr=progress.best_mrr),
+        validate=_validation(run),
+        watch=watch or (lambda report: None),
+        fingerprints={
+            "graph": graph.fingerprint(),
+            "model": run.encoder.source_fingerprint,
+            "texts": run.verbalizer.fingerprint(),
+        },
+    )
+
+
+def _validation(run: Run) -> Callable[[], float] | None:
+    """Return the measurement that chooses the best weights: filtered MRR on a fixed sample of valid."""
+    if not len(run.graph.splits.get("valid", np.zeros((0, 3)))):
+        return None
+    training = run.config.training
+    sample = sample_for_validation(
+        run.graph, triples=training.validation_triples, entities=training.validation_entities, seed=run.config.seed
+    )
+    texts: Verbalizer = run.verbalizer.for_graph(sample)
+    return lambda: validation_mrr(sample, run.encoder, texts)
+
+
+def _fresh_index(run: Run) -> EntityIndex | None:
+    """Return the saved entity vectors where there are some and they belong to these weights and texts."""
+    try:
+        return EntityIndex.load(run.path / "index", expected_fingerprint=index_fingerprint(run.encoder, run.verbalizer))
+    except RunError:
+        return None
+
+
+def _about(run: Run, *, baseline: bool) -> dict[str, object]:
+    return {
+        "model": run.config.model,
+        "aligned": not baseline,
+        "template": run.verbalizer.templates.name,
+        "descriptions": run.config.text.descriptions,
+        "max_entity_tokens": run.config.text.max_entity_tokens,
+        "seed": run.config.seed,
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

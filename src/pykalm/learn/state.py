@@ -1,0 +1,110 @@
+"""The state of a training: what a resumed run needs to go on bit for bit, saved whole or not at all."""
+
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pykalm.errors import RunError
+from pykalm.files import replace_file
+
+STATE_FILE = Path("state") / "latest.pt"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class Progress:
+    """Count what has been done: steps, evaluations without a better valid MRR, and the best MRR so far."""
+
+    step: int = 0
+    best_mrr: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    finished: bool = False
+
+
+def save_state(
+    run_folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: Any,
+    progress: Progress,
+    fingerprints: dict[str, str],
+) -> None:
+    """Save learned weights (by name), optimiser and progress. Raises TrainingError where writing fails.
+
+    No random state: batches and dropout are functions of seed and step.
+    """
+    state = {
+        "parameters": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+        "fingerprints": fingerprints,
+    }
+    replace_file(run_folder / STATE_FILE, lambda file: torch.save(state, file))
+
+
+def load_state(
+    run_folder: Path, parameters: dict[str, nn.Parameter], optimizer: Any, fingerprints: dict[str, str]
+) -> Progress:
+    """Fill weights and optimiser from the last save; return its progress, or that of a new run where none was saved.
+
+    Raises RunError where the file is damaged, or graph, model or texts are not those that it was saved with.
+    """
+    file = run_folder / STATE_FILE
+    if not file.is_file():
+        return Progress()
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        saved = state["parameters"]
+        for what, found in fingerprints.items():
+            if state["fingerprints"][what] != found:
+                raise RunError(
+                    f"{file}: the {what} has changed since: wanted fingerprint {state['fingerprints'][what][:12]}, found "
+                    f"{found[:12]}. Bring back what the run began with, or start a new run."
+                )
+        if saved.keys() != parameters.keys():
+            raise RunError(
+                f"{file}: wanted the state of {len(parameters)} learned tensors, found {len(saved)} of other names. "
+                "The settings of the run have changed since; restore config.yaml."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        optimizer.load_state_dict(state["optimizer"])
+        return Progress(**state["progress"])
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"{file}: damaged: {error}. Restore it from a copy, or delete the run folder and train again."
+        ) from error
+
+
+class MetricsLog:
+    """Write one JSON object a line to metrics.jsonl; on resume forget the lines after the step that was saved."""
+
+    def __init__(self, run_folder: Path, *, step: int) -> None:
+        self.file = run_folder / METRICS_FILE
+        kept = [line for line in read_metrics(run_folder) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replace_file(self.file, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def write(self, **values: float | int | None) -> None:
+        """Append a line."""
+        with self.file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    file = run_folder / METRICS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,255 @@
+"""The training loop: batches in, gradients of both objectives, steps, evaluations, saves. One page."""
+
+import contextlib
+import math
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pykalm.config import Config
+from pykalm.errors import TrainingError
+from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
+from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
+from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.model.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Tell how training goes: losses of the step, speed, time left; valid_mrr where the step ended in an evaluation."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    explicit: float
+    implicit: float
+    temperature: float
+    learning_rate: float
+    gradient_norm: float
+    examples_per_second: float
+    tokens_per_second: float
+    seconds_left: float
+    valid_mrr: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """Hold what a training needs.
+
+    validate: returns the valid MRR of the encoder as it is, or None is given where the graph has no valid split;
+    fingerprints: of what must not change between a stop and a resume;
+    save_best: puts the weights where the run's users find them; watch: is told of every step.
+    """
+
+    encoder: Encoder
+    builder: BatchBuilder
+    order: TripleOrder
+    config: Config
+    folder: Path
+    save_best: Callable[[Progress], None]
+    fingerprints: dict[str, str]
+    validate: Callable[[], float] | None = None
+    watch: Callable[[StepReport], None] = lambda report: None
+
+    @property
+    def num_steps(self) -> int:
+        """Return how many steps the settings ask for."""
+        training = self.config.training
+        steps = math.ceil(training.epochs * self.order.steps_per_epoch)
+        return min(steps, training.max_steps or steps)
+
+    def run(self) -> Progress:
+        """Train to the end, or until patience runs out, from the last save on where there is one.
+
+        Raises TrainingError on a loss or gradient that is no number, and when memory runs out; KeyboardInterrupt after
+        a Ctrl-C, once the step is done and saved.
+        """
+        accelerator, training = _accelerator(self.config, self.folder), self.config.training
+        parameters = self.encoder.trainable()
+        optimizer = accelerator.prepare(_optimizer(parameters, self.config))
+        progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
+        metrics, speed = MetricsLog(self.folder, step=progress.step), _Speed()
+        evaluate_every = training.evaluate_every or self.order.steps_per_epoch
+        self.encoder.train()
+        with _one_interrupt() as interrupted, _explained_memory():
+            while progress.step < self.num_steps and not progress.finished:
+                speed.start()
+                step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
+                batch = self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+                with _step_randomness(self.config.seed, step, self.encoder.device):
+                    loss = joint_gradient(
+                        self.encoder, batch, self.config.objective, memory_tokens=training.memory_tokens
+                    )
+                norm = accelerator.clip_grad_norm_(parameters.values(), training.clip_norm)
+                _require_numbers(loss, float(norm), step, progress)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.step += 1
+                speed.stop(batch)
+                due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
+                mrr = self._evaluate(progress) if due else None
+                report = self._report(progress, batch, loss, float(norm), rate, speed, mrr)
+                metrics.write(**vars(report))
+                accelerator.log({name: value for name, value in vars(report).items() if value is not None}, step=step)
+                if due or (training.save_every and progress.step % training.save_every == 0) or interrupted.is_set():
+                    save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
+                self.watch(report)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        accelerator.end_training()
+        return progress
+
+    def _evaluate(self, progress: Progress) -> float | None:
+        """Evaluate on valid; keep the weights when they are the best so far, or the last where there is no valid."""
+        mrr = self.validate() if self.validate else None
+        self.encoder.train()
+        if mrr is None or progress.best_mrr is None or mrr > progress.best_mrr:
+            progress.best_mrr, progress.best_step, progress.waited = mrr, progress.step, 0
+            self.save_best(progress)
+        else:
+            progress.waited += 1
+            patience = self.config.training.patience
+            progress.finished = patience is not None and progress.waited >= patience
+        return mrr
+
+    def _report(
+        self, progress: Progress, batch: Batch, loss: StepLoss, norm: float, rate: float, speed: "_Speed",
+        mrr: float | None,
+    ) -> StepReport:  # fmt: skip
+        seconds = speed.seconds_per_step()
+        return StepReport(
+            step=progress.step,
+            num_steps=self.num_steps,
+            epoch=progress.step / self.order.steps_per_epoch,
+            loss=loss.total,
+            explicit=loss.explicit,
+            implicit=loss.implicit,
+            temperature=self.encoder.temperature(),
+            learning_rate=rate,
+            gradient_norm=norm,
+            examples_per_second=batch.num_triples / speed.last,
+            tokens_per_second=batch.trie.num_nodes / speed.last,
+            seconds_left=seconds * (self.num_steps - progress.step),
+            valid_mrr=mrr,
+        )
+
+
+def learning_rate(step: int, num_steps: int, config: Config) -> float:
+    """Return the learning rate of a step (from 0): linear warm-up, then constant, or down to 0 by cosine or line."""
+    training = config.training
+    warmup = math.ceil(training.warmup_share * num_steps)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, num_steps - warmup)
+    shares = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+    return training.learning_rate * shares[training.schedule]
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """Return AdamW; vectors and the temperature are not decayed towards 0."""
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    others = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.training.learning_rate)
+
+
+def _accelerator(config: Config, folder: Path) -> Accelerator:
+    """Return accelerate's hand on device, clipping and trackers; precision is the encoder's own."""
+    device = config.training.device
+    trackers = list(config.training.trackers)
+    accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))  # type: ignore[arg-type]
+    if trackers:
+        accelerator.init_trackers("kalm", config={"settings": config.to_yaml()})
+    return accelerator
+
+
+def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress) -> None:
+    """Raise TrainingError before a step that would spoil the weights."""
+    if math.isfinite(loss.total) and math.isfinite(norm):
+        return
+    kept = "nothing was saved yet" if progress.best_step is None else f"the checkpoint of step {progress.best_step} is whole"
+    raise TrainingError(
+        f"step {step + 1}: wanted a finite loss, found loss {loss.total} (explicit {loss.explicit}, implicit "
+        f"{loss.implicit}) and gradient norm {norm}. Lower training.learning_rate or raise training.warmup_share; {kept}."
+    )
+
+
+@contextlib.contextmanager
+def _step_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Make dropout a function of seed and step, so that a resumed run draws what an uninterrupted one would."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+        yield
+
+
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[threading.Event]:
+    """Note a Ctrl-C or a polite kill instead of stopping in the middle of a step; a second one stops at once."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _explained_memory() -> Iterator[None]:
+    """Turn running out of memory into an error that says which setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in text:
+            raise
+        raise TrainingError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation refused'}. Lower "
+            "training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens; the last save "
+            "is whole."
+        ) from error
+
+
+class _Speed:
+    """Time the steps without their evaluations."""
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=20)
+        self.last = math.nan
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self, batch: Batch) -> None:
+        self.last = time.perf_counter() - self.started
+        self.recent.append(self.last)
+
+    def seconds_per_step(self) -> float:
+        return statistics.median(self.recent)

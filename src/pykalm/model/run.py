@@ -1,0 +1,210 @@
+"""The run folder: everything that a trained model needs to be used again, on this machine or another.
+
+RUN/
+  config.yaml      the settings, resolved
+  adapter/         learned weights (PEFT layout, or a whole model), and alignment.json beside them: wordings, cuts,
+                   temperature, base model and graph with their fingerprints. Replaced as one, so they always agree.
+  state/           what --resume needs
+  metrics.jsonl    one line per step and per evaluation
+  index/           entity vectors        results/   measurements        report/   figures
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pykalm.config import Config, load_config
+from pykalm.errors import KalmError, RunError
+from pykalm.files import recover_folder, replace_file, replace_folder
+from pykalm.graph.catalogue import load_graph
+from pykalm.graph.graph import KnowledgeGraph
+from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
+from pykalm.model.encoder import Encoder
+from pykalm.model.load import LanguageModel, load_language_model, resolve_device
+from pykalm.model.packing import choose_passes
+from pykalm.text.templates import Templates
+from pykalm.text.verbalize import Verbalizer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Hold an encoder with the graph, the wordings and the settings that belong to it."""
+
+    path: Path
+    config: Config
+    graph: KnowledgeGraph
+    encoder: Encoder
+    verbalizer: Verbalizer
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Return where the learned weights lie."""
+        return self.path / "adapter"
+
+    def save_aligned(self, **facts: float | int | None) -> None:
+        """Put weights, temperature, wordings and fingerprints in place of those saved before, all or none."""
+        alignment = {
+            "format": FORMAT,
+            "log_inverse_temperature": float(self.encoder.log_inverse_temperature),
+            "temperature": self.encoder.temperature(),
+            "pooling": "last",
+            "templates": self.verbalizer.templates.to_dict(),
+            "text": self.config.text.model_dump(mode="json"),
+            "model": self.config.model,
+            "model_fingerprint": self.encoder.source_fingerprint,
+            "graph": self.config.graph,
+            "graph_fingerprint": self.graph.fingerprint(),
+            **facts,
+        }
+
+        def fill(folder: Path) -> None:
+            save_adapter(self.encoder.model, folder)
+            (folder / "alignment.json").write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
+
+        replace_folder(self.adapter_folder, fill)
+
+
+def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
+    """Start a run: base model with fresh adapters, nothing learned yet. Raises RunError where one exists already."""
+    if (path / "config.yaml").exists():
+        raise RunError(
+            f"{path}: wanted a new folder for the run, found a run. Take another --out, delete the folder, or go on "
+            "with --resume."
+        )
+    graph.require_trainable()
+    language_model = load_base(config)
+    run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
+    replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    return run
+
+
+def build_run(
+    path: Path,
+    config: Config,
+    graph: KnowledgeGraph,
+    language_model: LanguageModel,
+    *,
+    temperature: float,
+    saved: Path | None = None,
+    templates: Templates | None = None,
+) -> Run:
+    """Put base model, adapters (fresh, or those saved in a folder), encoder and wordings together."""
+    settings = config.adapter
+    if saved is not None:
+        model = load_adapter(language_model.model, saved, trainable=True)
+    else:
+        model = add_adapter(
+            language_model.model, kind=settings.kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
+            targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets), seed=config.seed,
+        )  # fmt: skip
+    encoder = build_encoder(model, language_model, config, temperature=temperature)
+    verbalizer = Verbalizer(graph, language_model.tokenizer, config.text, templates=templates)
+    choose_passes(encoder, verbalizer)
+    return Run(path, config, graph, encoder, verbalizer)
+
+
+def build_encoder(
+    model: torch.nn.Module, language_model: LanguageModel, config: Config, *, temperature: float
+) -> Encoder:
+    """Wrap a model, adapted or bare, as the settings say."""
+    training = config.training
+    return Encoder(
+        model,
+        source_fingerprint=language_model.fingerprint,
+        temperature=temperature,
+        learn_temperature=config.objective.learn_temperature,
+        precision=training.precision,
+        row_tokens=training.row_tokens,
+        chunk_tokens=training.chunk_tokens,
+    )
+
+
+def load_base(config: Config, *, device: str | None = None) -> LanguageModel:
+    """Load the base model of a run, in the precision and on the device that the settings, or the caller, name."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    target = resolve_device(device or config.training.device)
+    return load_language_model(config.model, dtype=dtype, quantize=config.adapter.quantize, device=target)
+
+
+def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGraph | None = None) -> Run:
+    """Open a trained run. `graph` replaces the graph it was trained on; by default that one is found again by name.
+
+    Raises RunError where the folder is none, is damaged or of another version, or where base model or graph changed.
+    """
+    path = Path(path)
+    alignment = read_alignment(path)
+    config = read_run_config(path)
+    if graph is None:
+        graph = _graph_of(path, config, alignment)
+    language_model = load_base(config, device=device)
+    require_same(f"{path}: base model {config.model!r}", alignment["model_fingerprint"], language_model.fingerprint)
+    run = build_run(
+        path, config, graph, language_model, temperature=1.0,
+        saved=path / "adapter", templates=Templates.from_dict(alignment["templates"]),
+    )  # fmt: skip
+    with torch.no_grad():
+        run.encoder.log_inverse_temperature.fill_(alignment["log_inverse_temperature"])
+    return run
+
+
+def load_baseline(run: Run, *, device: str | None = None) -> Run:
+    """Return the same run with the unaligned base model: same graph, wordings and passes, nothing learned."""
+    language_model = load_base(run.config, device=device or str(run.encoder.device))
+    encoder = build_encoder(
+        language_model.model, language_model, run.config, temperature=run.config.objective.temperature
+    )
+    choose_passes(encoder, run.verbalizer)
+    return Run(run.path, run.config, run.graph, encoder, run.verbalizer)
+
+
+def read_run_config(path: Path) -> Config:
+    """Read the settings of a run; raises RunError where the folder is not a run."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise RunError(f"{path}: wanted a run folder, found no config.yaml in it. Give a folder that `kalm train` made.")
+    try:
+        return load_config(file, [])
+    except KalmError as error:
+        raise RunError(f"{file}: the settings of this run cannot be read by this version.\n{error}") from error
+
+
+def read_alignment(path: Path) -> dict[str, Any]:
+    """Read adapter/alignment.json; raises RunError where it is missing, damaged or of another version."""
+    read_run_config(path)
+    recover_folder(path / "adapter")
+    file = path / "adapter" / "alignment.json"
+    if not file.is_file():
+        raise RunError(f"{path}: wanted a trained run, found no {file.name} yet. Train it on with --resume.")
+    try:
+        alignment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = alignment["format"]
+        missing = {"log_inverse_temperature", "templates", "model_fingerprint", "graph_fingerprint"} - alignment.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: damaged: {error}. Restore it from a copy, or train again.") from error
+    if found != FORMAT:
+        raise RunError(f"{file}: wanted format {FORMAT}, found {found}. Use the version of kalm that made this run.")
+    if missing or not math.isfinite(alignment["log_inverse_temperature"]):
+        raise RunError(f"{file}: damaged: {sorted(missing) or 'temperature'}. Restore it from a copy, or train again.")
+    return alignment
+
+
+def require_same(what: str, wanted: str, found: str) -> None:
+    """Raise RunError where a fingerprint is not the one that the run was trained with."""
+    if wanted != found:
+        raise RunError(
+            f"{what}: wanted fingerprint {wanted[:12]} (as trained), found {found[:12]}. Its content has changed: "
+            "bring back the one that the run was trained with."
+        )
+
+
+def _graph_of(path: Path, config: Config, alignment: Mapping[str, Any]) -> KnowledgeGraph:
+    graph = load_graph(config.graph)
+    require_same(f"{path}: graph {config.graph!r}", alignment["graph_fingerprint"], graph.fingerprint())
+    return graph
