@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +112,7 @@ def test_a_list_of_graphs_is_a_table_or_json(
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, object]]:
+def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, object]:
     """Record what `kalm train` passes on, in place of training."""
     recorded: dict[str, object] = {}
 
@@ -122,7 +121,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, 
         return SimpleNamespace(path=settings["out"])
 
     replace(monkeypatch, train=train)
-    yield recorded
+    return recorded
 
 
 def test_options_win_over_the_file_and_over_set(seen: dict[str, object], tmp_path: Path) -> None:
