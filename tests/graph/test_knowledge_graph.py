@@ -36,7 +36,7 @@ def test_inverse_relations_read_their_inverse_text() -> None:
 
 
 def test_an_unknown_split_names_the_known_ones() -> None:
-    with pytest.raises(GraphError, match="no split 'valid'. Take one of: train, test"):
+    with pytest.raises(GraphError, match=r"no split 'valid'. Take one of: train, test"):
         GRAPH.triples("valid")
 
 
@@ -81,7 +81,7 @@ def test_a_symmetric_relation_is_read_forward_and_an_ambiguous_text_is_refused()
     symmetric = replace(GRAPH, inverse_texts=("capital", "holds"))
     assert symmetric.find_relation("capital") == 0
     twins = replace(GRAPH, relation_texts=("same", "same"))
-    with pytest.raises(GraphError, match="'same' is ambiguous, 2 bear this text. Give an id: 'cap', 'in'"):
+    with pytest.raises(GraphError, match=r"'same' is ambiguous, 2 bear this text. Give an id: 'cap', 'in'"):
         twins.find_relation("same")
 
 
@@ -110,7 +110,7 @@ def test_the_fingerprint_is_the_same_on_every_machine() -> None:
 )
 def test_a_graph_without_contrast_cannot_be_trained(train: list[list[int]]) -> None:
     GRAPH.require_trainable()
-    with pytest.raises(GraphError, match="2 or more distinct triples over 2 entities, found . over ."):
+    with pytest.raises(GraphError, match=r"2 or more distinct triples over 2 entities, found . over ."):
         replace(GRAPH, splits={"train": np.array(train)}).require_trainable()
 
 

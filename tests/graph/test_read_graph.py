@@ -122,7 +122,7 @@ def test_another_encoding_is_named_with_line_and_byte(tmp_path: Path, content: b
 
 
 def test_a_folder_that_is_no_graph_says_what_is_wanted(write_graph: Write, tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match="there is no such folder. Give a folder with train.tsv"):
+    with pytest.raises(GraphError, match=r"there is no such folder. Give a folder with train.tsv"):
         read_graph(tmp_path / "nowhere")
     inner = write_graph("outer/inner", train=TRAIN)
     with pytest.raises(GraphError, match=r"no train.tsv or train.txt.* Graphs inside it: inner"):
@@ -132,6 +132,17 @@ def test_a_folder_that_is_no_graph_says_what_is_wanted(write_graph: Write, tmp_p
     (inner / "train.txt").write_text("a\tr\tb\n")
     with pytest.raises(GraphError, match=r"found train.tsv and train.txt. Remove one"):
         read_graph(inner)
+
+
+def test_a_file_that_cannot_be_read_says_why(write_graph: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_graph(train=TRAIN)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(GraphError, match=r"train.tsv: cannot be read, Permission denied. Check"):
+        read_graph(folder)
 
 
 # The counts are those of the README beside the data: train, valid, test, entities, relations.

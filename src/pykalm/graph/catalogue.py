@@ -86,9 +86,7 @@ def fetch_graph(
     if graph is None:
         raise FetchError(f"'{name}' is not in the catalogue. Take one of: {', '.join(CATALOGUE)}.")
     if graph.convert is None:
-        raise FetchError(
-            f"'{graph.name}' is bundled with kalm. There is nothing to fetch: use it by its name."
-        )
+        raise FetchError(f"'{graph.name}' is bundled with kalm. There is nothing to fetch: use it by its name.")
     to = cache_folder() if to is None else to
     folder = to / graph.name
     if folder.is_dir():

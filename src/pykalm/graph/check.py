@@ -59,8 +59,7 @@ class GraphCheck:
         found += [f"{split}: {count} rows repeat an earlier one." for split, count in _some(self.duplicates)]
         found += [f"{pair}: {count} triples are in both splits." for pair, count in _some(self.overlaps)]
         found += [
-            f"{split} negatives: {count} are true, being in a split."
-            for split, count in _some(self.true_negatives)
+            f"{split} negatives: {count} are true, being in a split." for split, count in _some(self.true_negatives)
         ]
         found += [
             f"{split} negatives: {count} rows for {self.triples.get(split, 0)} positives."
@@ -72,17 +71,13 @@ class GraphCheck:
     @property
     def remarks(self) -> list[str]:
         """Say what is worth knowing about the graph, though nothing is wrong with it."""
-        found = [
-            f"{split}: {count} entities are not in train." for split, count in _some(self.unseen_entities)
-        ]
+        found = [f"{split}: {count} entities are not in train." for split, count in _some(self.unseen_entities)]
         for split, count in _some(self.inverse_leaks):
             share = 100 * count / self.triples[split]
             found.append(f"{split}: {count} triples ({share:.1f} %) stand in train the other way round.")
         for what, shared in (("name", self.shared_names), ("text", self.shared_texts)):
             if shared.entities:
-                found.append(
-                    f"{shared.entities} entities share their {what} with another ({shared.texts} texts)."
-                )
+                found.append(f"{shared.entities} entities share their {what} with another ({shared.texts} texts).")
         if self.unused_entities or self.unused_relations:
             unused = f"{self.unused_entities} entities and {self.unused_relations} relations"
             found.append(f"{unused} are in no triple.")
@@ -120,9 +115,7 @@ def check_graph(
         num_relations=graph.num_relations,
         triples={split: len(rows) for split, rows in graph.splits.items()},
         negatives={split: len(rows) for split, rows in graph.negatives.items()},
-        duplicates={
-            split: len(rows) - len(distinct_triples(graph, split)) for split, rows in graph.splits.items()
-        },
+        duplicates={split: len(rows) - len(distinct_triples(graph, split)) for split, rows in graph.splits.items()},
         overlaps={pair: len(rows) for pair, rows in overlaps.items()},
         true_negatives={split: int(np.isin(keys, known).sum()) for split, keys in true.items()},
         unseen_entities={split: len(entities) for split, entities in unseen.items()},
@@ -144,9 +137,7 @@ def _overlaps(graph: KnowledgeGraph) -> dict[str, IntArray]:
     for position, first in enumerate(splits):
         for second in splits[position + 1 :]:
             rows = distinct_triples(graph, second)
-            shared: npt.NDArray[np.bool_] = np.isin(
-                triple_keys(graph, rows), triple_keys(graph, graph.splits[first])
-            )
+            shared: npt.NDArray[np.bool_] = np.isin(triple_keys(graph, rows), triple_keys(graph, graph.splits[first]))
             found[f"{first}/{second}"] = rows[shared]
     return found
 

@@ -75,9 +75,7 @@ def _labels(path: Path) -> dict[str, dict[str, str]]:
     try:
         labels = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise FetchError(
-            f"{path.name}:{error.lineno}: is not JSON ({error.msg}). Fetch the graph again."
-        ) from error
+        raise FetchError(f"{path.name}:{error.lineno}: is not JSON ({error.msg}). Fetch the graph again.") from error
     if not isinstance(labels, dict) or not all(isinstance(entry, dict) for entry in labels.values()):
         raise FetchError(f"{path.name}: wanted an object of objects, by id. Fetch the graph again.")
     return labels

@@ -104,15 +104,11 @@ def _receive(url: str, part: Path, *, size: int | None, pause: float, progress: 
             if error.code == 416:  # the part is not a beginning of this file
                 part.unlink(missing_ok=True)
             elif error.code < 500:
-                raise FetchError(
-                    f"{url}: the server answers {error.code} {error.reason}. Check it."
-                ) from error
+                raise FetchError(f"{url}: the server answers {error.code} {error.reason}. Check it.") from error
             problem = error
         except (http.client.HTTPException, OSError) as error:
             if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-                raise FetchError(
-                    f"{part}: cannot be written, {error.strerror}. Make room and run again."
-                ) from error
+                raise FetchError(f"{part}: cannot be written, {error.strerror}. Make room and run again.") from error
             problem = error
     have = part.stat().st_size if part.exists() else 0
     raise FetchError(
@@ -128,9 +124,7 @@ def _receive_once(url: str, part: Path, size: int | None, progress: Progress | N
     headers = {"User-Agent": "kalm", **({"Range": f"bytes={have}-"} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
         length = answer.headers.get("Content-Length")
-        continues = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
+        continues = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         have = have if continues else 0
         total = have + int(length) if length is not None else size
         with part.open("ab" if continues else "wb") as file:
@@ -159,9 +153,7 @@ def _check(url: str, path: Path, *, size: int | None, digest: str) -> None:
 def _inside(archive: Path, name: str, to: Path) -> Path:
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in name or not parts.parts:
-        raise FetchError(
-            f"{archive.name}: member '{name}' would leave the folder. Do not trust this archive."
-        )
+        raise FetchError(f"{archive.name}: member '{name}' would leave the folder. Do not trust this archive.")
     return to.joinpath(*parts.parts)
 
 
@@ -179,7 +171,8 @@ def _opened(archive: Path) -> Iterator[list[Member]]:
             with tarfile.open(archive) as tar:
                 yield _tar_members(archive, tar)
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise FetchError(f"{archive}: cannot be unpacked, {error}. Remove it and fetch it again.") from error
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise FetchError(f"{archive}: cannot be unpacked, {reason}. Remove it and fetch it again.") from error
 
 
 def _zip_members(archive: Path, zipped: zipfile.ZipFile) -> list[Member]:
@@ -187,9 +180,7 @@ def _zip_members(archive: Path, zipped: zipfile.ZipFile) -> list[Member]:
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG):
-            raise FetchError(
-                f"{archive.name}: member '{info.filename}' is a link. Do not trust this archive."
-            )
+            raise FetchError(f"{archive.name}: member '{info.filename}' is a link. Do not trust this archive.")
     _check_unpacked(archive, sum(info.file_size for info in infos))
     return [(info.filename, partial(zipped.open, info)) for info in infos]
 
@@ -198,9 +189,7 @@ def _tar_members(archive: Path, tar: tarfile.TarFile) -> list[Member]:
     infos = [info for info in tar.getmembers() if not info.isdir()]
     for info in infos:
         if not info.isfile():
-            raise FetchError(
-                f"{archive.name}: member '{info.name}' is a link or device. Do not trust this archive."
-            )
+            raise FetchError(f"{archive.name}: member '{info.name}' is a link or device. Do not trust this archive.")
     _check_unpacked(archive, sum(info.size for info in infos))
     return [(info.name, partial(_tar_content, tar, info)) for info in infos]
 

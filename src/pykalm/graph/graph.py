@@ -49,9 +49,7 @@ class KnowledgeGraph:
         _check_distinct("relation id", self.relation_ids)
         if "train" not in self.splits:
             found = sorted(self.splits)
-            raise GraphError(
-                f"graph '{self.name}': wanted a split 'train', found {found}. Add what is to be learned."
-            )
+            raise GraphError(f"graph '{self.name}': wanted a split 'train', found {found}. Add what is to be learned.")
         for split, triples in [*self.splits.items(), *self.negatives.items()]:
             _check_range(f"graph '{self.name}', split '{split}'", triples, entities, relations)
 
@@ -113,9 +111,7 @@ class KnowledgeGraph:
             raise GraphError(f"graph '{self.name}' has no relation '{text}' ({known}).{hint}")
         if len(found[1]) > 1:
             ids = ", ".join(f"'{self.relation_ids[relation]}'" for relation in found[1])
-            raise GraphError(
-                f"relation '{text}' is ambiguous, {len(found[1])} bear this text. Give an id: {ids}."
-            )
+            raise GraphError(f"relation '{text}' is ambiguous, {len(found[1])} bear this text. Give an id: {ids}.")
         inverse = self._relation_index.find(text.strip()) is None
         return found[1][0] + self.num_relations * inverse
 
@@ -190,6 +186,4 @@ def _check_range(where: str, triples: IntArray, entities: int, relations: int) -
     if wrong.any():
         row = int(wrong.any(axis=1).argmax())
         limits = f"ids below {entities}, {relations}, {entities}"
-        raise GraphError(
-            f"{where}, row {row}: wanted {limits}, found {triples[row].tolist()}. Mend the triple."
-        )
+        raise GraphError(f"{where}, row {row}: wanted {limits}, found {triples[row].tolist()}. Mend the triple.")

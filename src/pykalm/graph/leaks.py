@@ -29,9 +29,7 @@ def inverse_leaks(graph: KnowledgeGraph, split: str) -> IntArray:
     triples = distinct_triples(graph, split)
     rows, reverse = _reversed_relations(graph, triples)
     inverses = inverse_relations(graph)
-    pairs = [
-        relation * graph.num_relations + other for relation, others in inverses.items() for other in others
-    ]
+    pairs = [relation * graph.num_relations + other for relation, others in inverses.items() for other in others]
     relations = triples[rows, 1]
     leaks = (relations == reverse) | np.isin(relations * graph.num_relations + reverse, pairs)
     found: IntArray = triples[np.unique(rows[leaks])]

@@ -42,9 +42,7 @@ def read_graph(folder: Path, name: str | None = None) -> KnowledgeGraph:
     rows = {split: read_rows(path, (3,), _TRIPLE_COLUMNS) for split, path in tables.items()}
     entities = _read_texts(find_table(folder, "entities"), "name, description") or _texts_from(rows, (0, 2))
     relations = _read_texts(find_table(folder, "relations"), "text, inverse text") or _texts_from(rows, (1,))
-    splits = {
-        split: _to_positions(rows[split], entities, relations, file=tables[split].name) for split in rows
-    }
+    splits = {split: _to_positions(rows[split], entities, relations, file=tables[split].name) for split in rows}
     return KnowledgeGraph(
         name=name or folder.resolve().name,
         entity_ids=entities.ids,
@@ -81,9 +79,7 @@ def _read_texts(path: Path | None, columns: str) -> _Texts | None:
     for index, (entry, text) in enumerate(zip(ids, texts, strict=True)):
         first, place = positions.setdefault(entry, index), f"{path.name}:{index + 1}"
         if first != index:
-            problems.append(
-                f"{place}: id '{entry}' stands in line {first + 1} already. Remove one of the two."
-            )
+            problems.append(f"{place}: id '{entry}' stands in line {first + 1} already. Remove one of the two.")
         elif not entry.strip():
             problems.append(f"{place}: the id is empty (text '{text}'). Write one or remove the line.")
         elif not text:
@@ -100,9 +96,7 @@ def _texts_from(rows: Mapping[str, Sequence[Sequence[str]]], columns: Sequence[i
     return _Texts(ids, ids, ("",) * len(ids), {entry: index for index, entry in enumerate(ids)}, "the splits")
 
 
-def _to_positions(
-    rows: Sequence[Sequence[str]], entities: _Texts, relations: _Texts, *, file: str
-) -> IntArray:
+def _to_positions(rows: Sequence[Sequence[str]], entities: _Texts, relations: _Texts, *, file: str) -> IntArray:
     """Turn rows of ids into (N, 3) positions; raises GraphError for an id that is empty or not listed."""
     parts = (("entity", entities), ("relation", relations), ("entity", entities))
     triples = np.empty((len(rows), 3), dtype=np.int64)

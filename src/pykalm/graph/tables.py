@@ -46,9 +46,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise GraphError(
-            f"{path}: cannot be read, {error.strerror}. Check the file's permissions."
-        ) from error
+        raise GraphError(f"{path}: cannot be read, {error.strerror}. Check the file's permissions.") from error
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
