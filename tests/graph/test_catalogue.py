@@ -202,6 +202,12 @@ def test_a_layout_that_is_not_as_expected_leaves_no_graph(
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".downloads"]
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FetchError, match=r"file: cannot be written, .*\$KALM_CACHE"):
+        fetch_graph("umls", to=tmp_path / "file")
+
+
 def test_what_cannot_be_fetched_says_so() -> None:
     with pytest.raises(FetchError, match=r"'dbpedia' is not in the catalogue. Take one of: world, wn18rr"):
         fetch_graph("dbpedia")

@@ -27,6 +27,9 @@ __all__ = [
     "load_graph",
 ]
 
+FileProgress = Callable[[str, int, int | None], None]
+"""Is called with the file's name, the bytes that are here and the bytes that are wanted, where that is known."""
+
 _ARCHIVES = (".tar.gz", ".tar.xz", ".tar", ".tgz", ".zip")
 
 
@@ -74,7 +77,7 @@ def fetch_graph(
     *,
     to: Path | None = None,
     base_url: str = BASE_URL,
-    progress: Callable[[str, int, int | None], None] | None = None,
+    progress: FileProgress | None = None,
 ) -> Path:
     """Download a graph of the catalogue, check it, bring it into our layout and return its folder, `to`/name.
 
@@ -91,6 +94,16 @@ def fetch_graph(
     folder = to / graph.name
     if folder.is_dir():
         return folder
+    try:
+        _fetch(graph, to, base_url, progress)
+    except OSError as error:
+        remedy = "Make room, or name another folder in $KALM_CACHE"
+        raise FetchError(f"{to}: cannot be written, {error.strerror}. {remedy}.") from error
+    return folder
+
+
+def _fetch(graph: NamedGraph, to: Path, base_url: str, progress: FileProgress | None) -> None:
+    """Download and check every source, build the graph beside its place, and move it there in one step."""
     downloads = to / ".downloads" / graph.name
     for source in graph.sources:
         report = _reporter(progress, source.file_name)
@@ -98,9 +111,8 @@ def fetch_graph(
         download(url, target, size=source.size, digest=source.digest, progress=report)
     with tempfile.TemporaryDirectory(prefix=f".{graph.name}.", dir=to) as scratch:
         _build(graph, downloads, Path(scratch))
-        os.replace(Path(scratch) / graph.name, folder)
+        os.replace(Path(scratch) / graph.name, to / graph.name)
     shutil.rmtree(downloads)
-    return folder
 
 
 def cache_folder() -> Path:
@@ -127,7 +139,7 @@ def _build(graph: NamedGraph, downloads: Path, scratch: Path) -> None:
     read_graph(built, graph.name)
 
 
-def _reporter(progress: Callable[[str, int, int | None], None] | None, file_name: str) -> Progress | None:
+def _reporter(progress: FileProgress | None, file_name: str) -> Progress | None:
     if progress is None:
         return None
     return lambda here, wanted: progress(file_name, here, wanted)
