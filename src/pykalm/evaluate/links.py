@@ -20,10 +20,11 @@ from pykalm.evaluate.ranking import (
     rank,
     rank_metrics,
 )
+from pykalm.files import replace_file
 from pykalm.graph.graph import IntArray, KnowledgeGraph, both_directions
 from pykalm.graph.known import known_answers
 from pykalm.model.encoder import Progress
-from pykalm.model.index import EntityIndex, TextEncoder, distinct_texts, embed_with_entities, replace_file
+from pykalm.model.index import EntityIndex, TextEncoder, distinct_texts, embed_with_entities
 from pykalm.text.trie import TokenIds
 
 RANKS_HEADER = "head\trelation\ttail\tdirection\toptimistic\trealistic\tpessimistic\tnum_candidates"
@@ -68,7 +69,6 @@ class LinkPredictionReport:
 
     def save(self, folder: Path, name: str = "links") -> Path:
         """Write `name`.ranks.tsv, with all that the numbers need, and `name`.json; returns its path."""
-        folder.mkdir(parents=True, exist_ok=True)
         ranks = "\n".join([RANKS_HEADER, *self._rank_lines()]) + "\n"
         summary = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         for path, text in ((folder / f"{name}.ranks.tsv", ranks), (folder / f"{name}.json", summary)):

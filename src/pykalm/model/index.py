@@ -6,8 +6,7 @@ product is cut into blocks: ties are counted, not broken by rounding.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +14,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pykalm.errors import ModelError, RunError
+from pykalm.files import replace_file
 from pykalm.graph.graph import IntArray
 from pykalm.model.encoder import Progress
 from pykalm.text.trie import TokenIds
@@ -67,10 +67,9 @@ class EntityIndex:
 
     def save(self, folder: Path) -> None:
         """Write the index; an interrupted save leaves the previous index or one that `load` refuses."""
-        folder.mkdir(parents=True, exist_ok=True)
         rows = torch.from_numpy(self.row_of_entity)
         tensors = {"vectors": self.vectors.contiguous(), "row_of_entity": rows}
-        replace_file(folder / VECTORS_FILE, lambda path: save_file(tensors, path))
+        replace_file(folder / VECTORS_FILE, lambda path: path.write_bytes(save(tensors)))
         description = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -171,20 +170,6 @@ def distinct_rows(vectors: Tensor) -> tuple[Tensor, IntArray]:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return torch.from_numpy(values[first[order]]), place[inverse].astype(np.int64)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there at once, so that no one ever sees half a file."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error}). What was there before is whole. Make room or take another folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _require_fingerprint(found: str, expected: str, where: str) -> None:
