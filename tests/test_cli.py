@@ -116,8 +116,8 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, object]:
     """Record what `kalm train` passes on, in place of training."""
     recorded: dict[str, object] = {}
 
-    def train(graph: str, **settings: object) -> object:
-        recorded.update(settings, graph=graph)
+    def train(**settings: object) -> object:
+        recorded.update(settings)
         return SimpleNamespace(path=settings["out"])
 
     replace(monkeypatch, train=train)
@@ -132,7 +132,7 @@ def test_options_win_over_the_file_and_over_set(seen: dict[str, object], tmp_pat
     config = seen["config"]
     assert isinstance(config, pykalm.Config)
     # "no" would be false if it were read as YAML.
-    assert (seen["graph"], config.graph, config.model, config.training.epochs) == ("no", "no", "a", 3)
+    assert (config.graph, config.model, config.training.epochs) == ("no", "a", 3)
     assert seen["resume"] is False
 
 
@@ -146,6 +146,42 @@ def test_resume_takes_the_settings_of_the_run(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["run"] == str(tmp_path)
     assert "kalm evaluate links" in printed.err
+
+
+def test_resume_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--out", str(tmp_path / "nothing"), "--resume"]) == 1
+    assert "wanted a run to go on with" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(monkeypatch, train=raising(KeyboardInterrupt()))
+    assert cli.main(["train", "--out", str(tmp_path), "--graph", "world"]) == 130
+    assert f"kalm train --out {tmp_path} --resume" in capsys.readouterr().err
+
+
+def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.tsv").write_text("a\tr\tb\nb\tr\tc\na\tr\tb\n", encoding="utf-8")
+    assert cli.main(["data", "check", str(tmp_path), "--json"]) == 1
+    check = json.loads(capsys.readouterr().out)
+    assert (check["num_entities"], check["num_relations"], check["duplicates"]["train"]) == (3, 1, 1)
+    assert cli.main(["data", "check", "world"]) == 0
+    assert "nothing wrong was found" in capsys.readouterr().out
+
+
+def test_an_evaluation_shows_how_it_went_while_training(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int, str]] = []
+    watch = cli.watch_training(lambda done, total, note="": seen.append((done, total, note)))
+    numbers = {name: 1.0 for name in ("epoch", "loss", "explicit", "implicit", "examples_per_second")}
+    numbers |= {"temperature": 0.05, "tokens_per_second": 900.0}
+    watch(SimpleNamespace(step=1, num_steps=4, valid_mrr=None, **numbers))  # type: ignore[arg-type]
+    watch(SimpleNamespace(step=2, num_steps=4, valid_mrr=0.25, **numbers))  # type: ignore[arg-type]
+    assert [(done, total) for done, total, _ in seen] == [(1, 4), (2, 4)]
+    assert "τ 0.0500" in seen[0][2]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("step 2/4: valid MRR 0.250, epoch 1.00, loss 1.000")
 
 
 def test_lines_of_progress_come_now_and_then_with_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,48 +21,55 @@ if TYPE_CHECKING:
     )
     from pykalm.config import Config, load_config
     from pykalm.errors import KalmError
+    from pykalm.report.tables import (
+        catalogue_table,
+        graph_check_table,
+        link_prediction_table,
+        prediction_table,
+        relation_table,
+    )
 
 __version__ = "0.1.0"
-
-HOMES = {
-    "pykalm.api": (
-        "check_data",
-        "evaluate_links",
-        "fetch_data",
-        "list_data",
-        "load_graph",
-        "load_run",
-        "predict",
-        "run_demo",
-        "train",
-    ),
-    "pykalm.config": ("Config", "load_config"),
-    "pykalm.errors": ("KalmError",),
-}
 
 __all__ = [
     "Config",
     "KalmError",
     "__version__",
+    "catalogue_table",
     "check_data",
     "evaluate_links",
     "fetch_data",
+    "graph_check_table",
+    "link_prediction_table",
     "list_data",
     "load_config",
     "load_graph",
     "load_run",
     "predict",
+    "prediction_table",
+    "relation_table",
     "run_demo",
     "train",
 ]
 
+# Names from elsewhere than pykalm.api.
+HOMES = {
+    "Config": "pykalm.config",
+    "KalmError": "pykalm.errors",
+    "catalogue_table": "pykalm.report.tables",
+    "graph_check_table": "pykalm.report.tables",
+    "link_prediction_table": "pykalm.report.tables",
+    "load_config": "pykalm.config",
+    "prediction_table": "pykalm.report.tables",
+    "relation_table": "pykalm.report.tables",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from its module (PEP 562); raises AttributeError for any other name."""
-    for home, names in HOMES.items():
-        if name in names:
-            return getattr(import_module(home), name)
-    raise AttributeError(f"module 'pykalm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name not in __all__:
+        raise AttributeError(f"module 'pykalm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(HOMES.get(name, "pykalm.api")), name)
 
 
 def __dir__() -> list[str]:

@@ -3,21 +3,22 @@
 Exit codes: 0 fine, 1 failed, 2 wrong usage or settings, 130 stopped by Ctrl-C.
 """
 
-import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 import pykalm
 from pykalm.config import load_config
-from pykalm.errors import KalmError, UsageError
-from pykalm.terminal import print_json, print_table, report_failure, say, show_progress
+from pykalm.errors import KalmError, RunError, UsageError
+from pykalm.terminal import Watcher, print_json, print_table, report_failure, say, show_progress
+
+if TYPE_CHECKING:
+    from pykalm.api import StepReport
 
 app = typer.Typer(
     help="Align an autoregressive language model with a knowledge graph, measure it, ask it.",
@@ -32,7 +33,7 @@ app.add_typer(evaluate_app, name="evaluate")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; that of the run by default.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,12 +85,9 @@ def list_data(as_json: AsJson = False) -> None:
     """List the graphs that have a name and where each lies."""
     entries = pykalm.list_data()
     if as_json:
-        print_json([to_json(entry) for entry in entries])
-        return
-    table = Table("graph", "where", "what")
-    for entry in entries:
-        table.add_row(entry.name, str(entry.folder or f"kalm data fetch {entry.name}"), entry.summary)
-    print_table(table)
+        print_json([{"name": e.name, "what": e.summary, "folder": e.folder and str(e.folder)} for e in entries])
+    else:
+        print_table(pykalm.catalogue_table(entries))
 
 
 @data_app.command("fetch")
@@ -106,13 +104,15 @@ def fetch_data(
 @data_app.command("check")
 def check_data(
     source: Annotated[str, typer.Argument(metavar="PATH", help="Name or folder of a graph.")],
-    model: Annotated[str | None, typer.Option(help="Model whose tokenizer counts the texts that would be cut.")] = None,
-    max_entity_tokens: Annotated[int, typer.Option(help="Where an entity text is cut.")] = 50,
+    model: Annotated[str | None, typer.Option(help="Model whose tokenizer counts the texts that are cut.")] = None,
+    max_entity_tokens: Annotated[int, typer.Option(min=1, help="Where an entity text is cut.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """Count what a graph holds and what may be wrong with it."""
+    """Count what a graph holds and what may be wrong with it. Exit code 1 where something should be mended."""
     check = pykalm.check_data(source, model=model, max_entity_tokens=max_entity_tokens)
-    print_json(to_json(check)) if as_json else print(check)
+    print_json(check.to_dict()) if as_json else print_table(pykalm.graph_check_table(check))
+    if check.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -125,24 +125,22 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be repeated.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run where it stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run where it stopped.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Align a model with a graph. With --resume the settings of the run are taken over."""
+    """Align a model with a graph. With --resume the settings are those of the run."""
     kept = out / "config.yaml"
-    file = kept if resume and config is None and kept.exists() else config
+    if resume and not kept.is_file():
+        raise RunError(f"{out}: wanted a run to go on with, found no config.yaml. Start it without --resume.")
     # JSON is YAML too, and quotes every name that YAML would read otherwise.
     named = [f"{key}={json.dumps(value)}" for key, value in (("graph", graph), ("model", model)) if value]
-    settings = load_config(file, [*(overrides or []), *named])
-    with show_progress("training") as watch:
-        run = pykalm.train(
-            settings.graph,
-            out=out,
-            model=settings.model,
-            config=settings,
-            resume=resume,
-            watch=lambda report: watch(report.step, report.num_steps, describe_step(report)),
-        )
+    settings = load_config(kept if resume and config is None else config, [*(overrides or []), *named])
+    try:
+        with show_progress("training") as watch:
+            run = pykalm.train(out=out, config=settings, resume=resume, watch=watch_training(watch))
+    except KeyboardInterrupt:
+        say(f"What was learned is saved. Go on with: kalm train --out {out} --resume")
+        raise
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")
     print_json({"run": str(run.path)}) if as_json else None
 
@@ -157,14 +155,20 @@ def evaluate_links(
         str | None, typer.Option(help="Another graph, of which the run may know no entity (inductive).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask so many triples only, drawn by seed.")] = None,
-    device: Device = "auto",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
     run = pykalm.load_run(folder, device=device)
     with show_progress("evaluating") as watch:
         report = pykalm.evaluate_links(run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch)
-    print_json(report.to_dict()) if as_json else print(report)
+    result = report.to_dict()
+    say(f"Saved in {folder / 'results'}")
+    if as_json:
+        print_json(result)
+    else:
+        print_table(pykalm.relation_table(result))
+        print_table(pykalm.link_prediction_table({"unaligned" if baseline else "aligned": result}))
 
 
 @app.command()
@@ -176,10 +180,10 @@ def predict(
     tail: Annotated[str | None, typer.Option(help="Asks for the head: id, name or free text.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of answers.")] = 5,
     free_text: Annotated[
-        bool, typer.Option("--free-text", help="Take the text as it is: an entity that the graph lacks.")
+        bool, typer.Option("--free-text", help='An entity that the graph lacks, best as "name: description".')
     ] = False,
     hide_known: Annotated[bool, typer.Option("--hide-known", help="Leave known answers out.")] = False,
-    device: Device = "auto",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer (head, relation, ?) or (?, relation, tail) with the most likely entities."""
@@ -190,7 +194,7 @@ def predict(
     prediction = pykalm.predict(
         run, head=head, tail=tail, relation=relation, k=k, free_text=free_text, hide_known=hide_known
     )
-    print_json(to_json(prediction)) if as_json else print(prediction)
+    print_json(prediction.to_dict()) if as_json else print_table(pykalm.prediction_table(prediction))
 
 
 @app.command()
@@ -201,28 +205,27 @@ def demo(
 ) -> None:
     """Do the main job on the bundled graph: measure, align, measure again, ask."""
     with show_progress("training") as watch:
-        pykalm.run_demo(
-            out,
-            steps=steps,
-            watch=lambda report: watch(report.step, report.num_steps, describe_step(report)),
-        )
+        pykalm.run_demo(out, steps=steps, watch=watch_training(watch))
 
 
-def describe_step(report: "pykalm.api.StepReport") -> str:
+def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
+    """Turn reports of steps into progress; every evaluation is a line that stays."""
+
+    def report_step(report: "StepReport") -> None:
+        watch(report.step, report.num_steps, describe_step(report))
+        if report.valid_mrr is not None:
+            say(f"step {report.step}/{report.num_steps}: valid MRR {report.valid_mrr:.3f}, {describe_step(report)}")
+
+    return report_step
+
+
+def describe_step(report: "StepReport") -> str:
     """Write the parts of a step's report that people watch."""
-    parts = [
-        f"epoch {report.epoch:.2f}",
-        f"loss {report.loss:.3f} (explicit {report.explicit:.3f}, implicit {report.implicit:.3f})",
-        f"τ {report.temperature:.4f}",
-        f"{report.examples_per_second:.1f} examples/s",
-        f"{report.tokens_per_second:.0f} tokens/s",
-    ]
-    return ", ".join(parts + ([f"valid MRR {report.valid_mrr:.3f}"] if report.valid_mrr is not None else []))
-
-
-def to_json(value: Any) -> Any:
-    """Turn a dataclass into plain values for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(value), default=str))
+    return (
+        f"epoch {report.epoch:.2f}, loss {report.loss:.3f} (explicit {report.explicit:.3f}, implicit"
+        f" {report.implicit:.3f}), τ {report.temperature:.4f}, {report.examples_per_second:.1f} examples/s,"
+        f" {report.tokens_per_second:.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

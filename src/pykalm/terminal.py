@@ -6,14 +6,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Watcher = Callable[[int, int, str], None]
 SECONDS_BETWEEN_LINES = 15.0
 UNEXPECTED = "An error of kalm, not of yours. `kalm --traceback ...` (or KALM_TRACEBACK=1) shows where."
+
+
+class Watcher(Protocol):
+    """Be told how far a task is: what is done of a total, and a note beside it."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
 
 def say(message: str) -> None:
@@ -29,7 +34,7 @@ def print_json(value: Any) -> None:
 def print_table(table: Any) -> None:
     """Print a rich table on stdout; where stdout is no terminal it is not cut to eighty columns."""
     console = Console(file=sys.stdout)
-    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=200).print(table)
+    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=120).print(table)
 
 
 def report_failure(error: BaseException, *, expected: bool, with_traceback: bool) -> None:
@@ -56,7 +61,7 @@ def show_progress(title: str) -> Iterator[Watcher]:
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
         task = bar.add_task(title, total=None, note="")
 
-        def watch(done: int, total: int, note: str = "") -> None:
+        def watch(done: int, total: int, note: str = "", /) -> None:
             bar.update(task, completed=done, total=total, note=note)
 
         yield watch
@@ -67,7 +72,7 @@ def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
     begun = last = clock()
     first_done: int | None = None
 
-    def watch(done: int, total: int, note: str = "") -> None:
+    def watch(done: int, total: int, note: str = "", /) -> None:
         nonlocal last, first_done
         now = clock()
         # What was done before the first call (a resumed training) says nothing about the speed of this one.
