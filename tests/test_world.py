@@ -181,6 +181,19 @@ def test_every_relation_is_held_out_in_proportion() -> None:
             assert abs(held_out[relation] - count / 10) <= 2, (name, relation, held_out[relation], count)
 
 
+def test_the_readme_states_the_counts() -> None:
+    text = (WORLD / "README.md").read_text(encoding="utf-8")
+    counts = {name: len(FACTS[name]) for name in SPLITS}
+    assert (
+        f"{len(ENTITIES):,} entities, {len(read('relations'))} relations, {len(EVERY_FACT):,} triples" in text
+    )
+    assert f"train {counts['train']:,}, valid {counts['valid']}, test {counts['test']}." in text
+    for relation, forward, inverse in read("relations"):
+        numbers = [str(sum(fact[1] == relation for fact in FACTS[name])) for name in SPLITS]
+        row = rf"\| `{relation}` \| {forward} / {inverse} \| .* \| {' . '.join(numbers)} \|"
+        assert re.search(row, text), f"{relation}: {numbers}"
+
+
 def test_a_rebuild_gives_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "build.py"), "--to", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
