@@ -173,7 +173,7 @@ def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: py
 def test_an_evaluation_shows_how_it_went_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int, str]] = []
     watch = cli.watch_training(lambda done, total, note="": seen.append((done, total, note)))
-    numbers = {name: 1.0 for name in ("epoch", "loss", "explicit", "implicit", "examples_per_second")}
+    numbers = dict.fromkeys(("epoch", "loss", "explicit", "implicit", "examples_per_second"), 1.0)
     numbers |= {"temperature": 0.05, "tokens_per_second": 900.0}
     watch(SimpleNamespace(step=1, num_steps=4, valid_mrr=None, **numbers))  # type: ignore[arg-type]
     watch(SimpleNamespace(step=2, num_steps=4, valid_mrr=0.25, **numbers))  # type: ignore[arg-type]

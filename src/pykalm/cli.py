@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 failed, 2 wrong usage or settings, 130 stopped by Ctrl-C.
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with_traceback = "--traceback" in arguments or os.environ.get("KALM_TRACEBACK", "0") not in ("", "0")
     try:
-        app(args=arguments, prog_name="kalm")
+        with warnings.catch_warnings():
+            if not with_traceback:
+                # Warnings of libraries speak to programmers; what concerns the user, kalm says itself.
+                warnings.simplefilter("ignore")
+            app(args=arguments, prog_name="kalm")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
