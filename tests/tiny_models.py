@@ -1,4 +1,4 @@
-"""Make tiny random language models, a tokenizer and a model folder, without any download, for tests of all model families."""
+"""Make tiny random language models of many families, a tokenizer and a model folder, without any download."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +89,7 @@ FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
 
 def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 128, **overrides: Any) -> PreTrainedModel:
-    """Build a random float32 model of a family, in eval mode and without dropout; overrides replace fields of its config.
+    """Build a random float32 model of a family, in eval mode and without dropout; overrides replace config fields.
 
     Special tokens are those of `tiny_tokenizer`: 0 pads, 1 begins and 2 ends a text.
     """
@@ -106,14 +106,14 @@ def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 128, **overrides
 
 @torch.no_grad()
 def _shake_vectors(model: PreTrainedModel) -> None:
-    """Add noise to biases and norms, which start as all 0 or all 1, so that leaving one out changes the output."""
+    """Add noise to biases and norms, which start as all 0 or all 1: leaving one out shall change the output."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a fast tokenizer with one token per byte after the special ones; encode and decode are inverse on any text."""
+    """Build a fast tokenizer with one token per byte after the special ones: decode undoes encode on any text."""
     special = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -131,7 +131,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(folder: Path, *, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
-    """Save a tiny model with `tiny_tokenizer` as a Hugging Face folder for end-to-end tests; return the folder."""
+    """Save a tiny model with `tiny_tokenizer` as a Hugging Face folder, for end-to-end tests; return the folder."""
     model = tiny_model(family, seed=seed, vocab_size=TOKENIZER_SIZE, **overrides)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Make a loaded language model trainable, by LoRA or in full, and save and restore what was trained, bit for bit."""
+"""Make a loaded language model trainable, by LoRA or in full; save and restore what was trained, bit for bit."""
 
 import errno
 import math
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pykalm.errors import ModelError, TrainingError
+from pykalm.model.pretrained import no_progress_bars
 
 AdapterKind = Literal["lora", "full"]
 Targets = Literal["auto", "all-linear", "mlp"] | list[str]
@@ -38,12 +39,12 @@ def add_adapter(
     targets: Targets = "auto",
     seed: int = 0,
 ) -> nn.Module:
-    """Make a model trainable in place; return the module that `save_adapter` takes (LoRA: a peft wrapper around it).
+    """Make a model trainable in place; return what `save_adapter` takes (for LoRA a peft wrapper around the model).
 
-    LoRA freezes the base as it is (bfloat16, 4-bit) and adds float32 matrices, the same ones for the same seed, to the
-    modules that `find_targets` names. "full" turns every parameter to float32 and trains them all. Where base and
-    trained weights differ in dtype, run the model under `torch.autocast`. Raises ModelError for unknown targets, and
-    for full fine-tuning of a quantised base. METHOD.md §5.
+    LoRA freezes the base as it is (bfloat16, 4-bit) and adds float32 matrices, the same ones for the same seed,
+    to the modules that `find_targets` names. "full" turns every parameter to float32 and trains them all. Where
+    base and trained weights differ in dtype, run the model under `torch.autocast`. Raises ModelError for unknown
+    targets, and for full fine-tuning of a quantised base. METHOD.md §5.
     """
     if kind == "full":
         return _make_fully_trainable(model)
@@ -64,17 +65,17 @@ def add_adapter(
 def find_targets(model: PreTrainedModel, targets: Targets = "auto") -> list[str]:
     """Name the modules that LoRA adapts, chosen by their type and place.
 
-    "auto" and "all-linear" take every linear module inside the layers, "mlp" those outside attention. A list holds
-    names or endings of names (`["q_proj", "v_proj"]`). Raises ModelError where nothing fits, listing what there is.
+    "auto" and "all-linear" take every linear module inside the layers, "mlp" those outside attention. A list
+    holds names or endings of names (`["q_proj", "v_proj"]`). Raises ModelError where one fits nothing, listing
+    what there is.
     """
     available = list(_linear_modules(model))
     if isinstance(targets, str) and targets not in ("auto", "all-linear", "mlp"):
         targets = [targets]
     if targets == "mlp":
-        inside_attention = tuple(
-            f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower()
-        )
-        chosen = [name for name in available if not name.startswith(inside_attention)]
+        parts = model.named_modules()
+        attention = tuple(f"{name}." for name, part in parts if "attention" in type(part).__name__.lower())
+        chosen = [name for name in available if not name.startswith(attention)]
     elif isinstance(targets, str):
         chosen = available
     else:
@@ -82,17 +83,17 @@ def find_targets(model: PreTrainedModel, targets: Targets = "auto") -> list[str]
         chosen = [name for name in available if any(f".{name}".endswith(f".{target}") for target in targets)]
     if not chosen:
         raise ModelError(
-            f"adapter.targets: {targets!r} fits no linear module of {type(model).__name__}. Name some of these: "
-            f"{_endings(available)}, or choose kind 'full'."
+            f"adapter.targets: {targets!r} fits no linear module in the layers of {type(model).__name__}. "
+            f"Name some of these: {_endings(available)}; or choose kind 'full'."
         )
     return chosen
 
 
 def _linear_modules(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the names of the linear modules inside the layers: not embeddings, output head or projections around them.
+    """Yield the names of the linear modules inside the layers: no embeddings, no output head, nothing around them.
 
-    A state-space mixer (it owns `A_log`) hands the weights of its inner linear modules straight to a kernel, past any
-    adapter, so only those that read the layer's input, and so are called as modules, count there.
+    A state-space mixer (it owns `A_log`) hands the weights of its inner linear modules straight to a kernel, past
+    any adapter, so only those that read the layer's input, and so are called as modules, count there.
     """
     depth = model.config.get_text_config().num_hidden_layers
     width = model.config.get_text_config().hidden_size
@@ -112,8 +113,8 @@ def _refuse_unknown(targets: list[str], available: list[str]) -> None:
     unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in available)]
     if unknown:
         raise ModelError(
-            f"adapter.targets: {', '.join(map(repr, unknown))} not among the linear modules of the model's layers. "
-            f"Choose from: {_endings(available)}."
+            f"adapter.targets: {', '.join(map(repr, unknown))} not among the linear modules in the model's "
+            f"layers. Choose from: {_endings(available)}."
         )
 
 
@@ -125,18 +126,23 @@ def _endings(names: list[str]) -> str:
 def _make_fully_trainable(model: PreTrainedModel) -> PreTrainedModel:
     """Turn every parameter to float32, so that small updates are not rounded away, and train them all."""
     if getattr(model, "is_quantized", False):
-        raise ModelError("a quantised base cannot be trained in full. Choose kind 'lora', or load it unquantised.")
-    return model.float().requires_grad_(True)
+        raise ModelError(
+            "adapter.kind: a quantised base cannot be trained in full. Choose kind 'lora', or quantize 'none'."
+        )
+    nn.Module.float(model)
+    model.requires_grad_(True)
+    return model
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Put LoRA layers into a model, with float32 weights, in the model's own mode of training or evaluation."""
-    with torch.random.fork_rng(devices=[]):  # peft draws initial weights from the global generator; ours come later
+    """Put LoRA layers into a model, with float32 weights and in the model's own mode (training or evaluation)."""
+    # peft draws initial weights from the global generator, which is not ours to move; `_initialise` draws them anew.
+    with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            # Under autocast, peft's cast of every input to float32 would be undone at once by the matrix product:
-            # 2 % (with dropout 7 %) of a step on two cores and a copy of each input kept for the backward pass.
+            # Under autocast, peft's cast of every input to float32 would be undone at once by the matrix product,
+            # at 2 % of a step (7 % with dropout) and one more copy of each input kept for the backward pass.
             module.cast_input_dtype_enabled = False
     adapted.train(model.training)
     assert isinstance(adapted, PeftModel)
@@ -145,7 +151,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 @torch.no_grad()
 def _initialise(adapted: PeftModel, generator: torch.Generator) -> None:
-    """Draw A as peft does (uniform within 1/√fan-in) from a generator on the CPU, whatever the device; B stays 0."""
+    """Draw A as peft does (uniform within 1/√fan-in), from a generator on the CPU for any device; B stays 0."""
     for name, parameter in adapted.named_parameters():
         if ".lora_A." in name:
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -154,10 +160,10 @@ def _initialise(adapted: PeftModel, generator: torch.Generator) -> None:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Save what was trained: LoRA in peft's layout, a fully trained model as a Hugging Face folder; safetensors both.
+    """Save what was trained: LoRA in peft's layout, a fully trained model as a Hugging Face folder.
 
-    Everything is written beside the folder first and then moved in, weights last: a full disk or a kill leaves the
-    earlier files whole. Raises TrainingError where writing fails.
+    Everything is written beside the folder first and then moved in, the one file of weights last: a full disk or
+    a kill leaves the earlier files whole. Raises TrainingError where writing fails.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -169,24 +175,30 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = "Free some space" if full else "Check the folder and its rights"
-        raise TrainingError(f"{folder}: cannot save the model: {error}. {remedy}; what was there before is whole.") from error
+        raise TrainingError(
+            f"{folder}: cannot save the model: {error}. {remedy}; what was there before is whole."
+        ) from error
 
 
 def _write(model: nn.Module, folder: Path) -> None:
     """Write the files of a LoRA adapter or of a whole model into an empty folder, weights as one file."""
     if isinstance(model, PeftModel):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / _ADAPTER_WEIGHTS)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        save_file(tensors, folder / _ADAPTER_WEIGHTS)
         config = model.peft_config["default"]
-        config.target_modules = sorted(config.target_modules or [])  # peft keeps a set: its order would vary by run
+        assert isinstance(config, LoraConfig)
+        # peft keeps a set, whose order would differ from run to run.
+        config.target_modules = sorted(config.target_modules or [])
         config.save_pretrained(str(folder))
         return
     assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(folder, max_shard_size="1000GB")
+    with no_progress_bars():
+        model.save_pretrained(folder, max_shard_size="1000GB")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:
-    """Put what `save_adapter` saved into a model of the same base, in place; return what `add_adapter` returned.
+    """Put what `save_adapter` saved into the same base model, in place; return what `add_adapter` returned.
 
     Raises ModelError where the folder holds no adapter, a damaged one, or one for another model.
     """
@@ -197,11 +209,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> nn
             return _load_full(model, folder, trainable=trainable)
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
-            f"{folder}: wanted an adapter for {type(model).__name__}, found one that is damaged or belongs to another "
-            f"model: {error}. Give the base model it was trained on, or restore the folder."
+            f"{folder}: wanted an adapter for {type(model).__name__}, found one that is damaged or belongs to "
+            f"another model: {error}. Give the base model it was trained on, or restore the folder."
         ) from error
     raise ModelError(
-        f"{folder}: wanted an adapter, found neither {_ADAPTER_CONFIG} nor {_FULL_WEIGHTS}. Check the path of the run."
+        f"{folder}: wanted an adapter, found neither {_ADAPTER_CONFIG} nor {_FULL_WEIGHTS}. Check the run's path."
     )
 
 
@@ -225,6 +237,8 @@ def _load_lora(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Peft
 
 def _load_full(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PreTrainedModel:
     """Fill a model with saved weights, through transformers, which knows how a family's saved names differ."""
-    saved = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with no_progress_bars():
+        saved = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     _make_fully_trainable(model).load_state_dict(saved.state_dict())
-    return model.requires_grad_(trainable)
+    model.requires_grad_(trainable)
+    return model

@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 # Settings that say where a model came from or how it is run, not what it computes from token ids.
 _IRRELEVANT_SETTINGS = frozenset(
     {
+        "_model_name_or_path",
         "_name_or_path",
         "architectures",
         "auto_map",
@@ -36,8 +39,8 @@ _IRRELEVANT_SETTINGS = frozenset(
 def fingerprint_model(model: PreTrainedModel) -> str:
     """Hash what a model computes: class, settings, and every weight with name, shape, dtype and bytes.
 
-    The same weights in the same dtype give the same 64 hexadecimal digits on every machine, whether they were read
-    from a Hugging Face folder, the hub or a GGUF file.
+    The same weights in the same dtype give the same 64 hexadecimal digits on every machine, whether they were
+    read from a Hugging Face folder, the hub or a GGUF file.
     """
     digest = hashlib.sha256()
     digest.update(type(model).__name__.encode())
@@ -53,12 +56,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         # As bytes, because numpy has no bfloat16.
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        values: npt.NDArray[np.uint8] = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(values.data)
     return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """Reduce settings to JSON values that agree between file formats: GGUF stores 1e-5 as float32, 9.99999975e-06."""
+    """Reduce settings to JSON values that agree between file formats: GGUF stores 1e-5 as 9.99999975e-06."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if key not in _IRRELEVANT_SETTINGS}
     if isinstance(value, str) or not isinstance(value, Iterable):

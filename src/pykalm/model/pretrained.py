@@ -1,7 +1,9 @@
-"""Read a causal language model and its tokenizer through transformers, and say clearly what is wrong where it cannot."""
+"""Read a causal language model and its tokenizer through transformers, and say clearly what is wrong with it."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -24,19 +26,19 @@ from pykalm.errors import ModelError
 Quantization = Literal["none", "4bit"]
 
 # What transformers, safetensors and gguf raise for files that are absent, damaged or of an unknown kind.
-_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, ImportError, SafetensorError)
+_FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error, SafetensorError)
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing progress bars: kalm draws its own."""
     was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_on:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def read_pretrained(
@@ -48,9 +50,10 @@ def read_pretrained(
     device: torch.device,
     local_files_only: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read model and tokenizer from a folder, a GGUF file in a folder, or the hub; the model is in eval mode on a device.
+    """Read a model, in eval mode on a device, and its tokenizer from a folder, a GGUF file in one, or the hub.
 
-    Raises ModelError where the place holds no causal language model, a damaged or incomplete one, or no fast tokenizer.
+    Raises ModelError where the place holds no causal language model, a damaged or incomplete one, or no fast
+    tokenizer.
     """
     name = f"{place}/{gguf_file}" if gguf_file else place
     where: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": False}
@@ -61,12 +64,20 @@ def read_pretrained(
         _require_causal(name, config)
         model = _read_model(name, place, where, dtype=dtype, quantize=quantize, device=device)
         tokenizer = _read_tokenizer(name, place, where)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    # Without the added special tokens: for some GGUF files transformers adds one that the model never had.
+    if tokenizer.vocab_size > vocabulary_size(model):
         raise ModelError(
-            f"{name}: the tokenizer knows {len(tokenizer)} tokens but the model only "
-            f"{model.get_input_embeddings().weight.shape[0]}. Model and tokenizer do not belong together."
+            f"{name}: the tokenizer knows {tokenizer.vocab_size} tokens but the model only {vocabulary_size(model)}. "
+            "They do not belong together: restore the tokenizer that was saved with the model."
         )
     return model, tokenizer
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Count the tokens that a model has vectors for, V."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings.weight, torch.Tensor)
+    return int(embeddings.weight.shape[0])
 
 
 def _read_config(name: str, place: str, where: dict[str, Any]) -> PreTrainedConfig:
@@ -76,12 +87,12 @@ def _read_config(name: str, place: str, where: dict[str, Any]) -> PreTrainedConf
     except _FAILURES as error:
         if "gguf_file" in where:
             raise ModelError(
-                f"{name}: cannot read this GGUF file: {_first_line(error)} Use a file of an architecture that "
-                "transformers reads (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, ...), or the model's Hugging Face folder."
+                f"{name}: cannot read this GGUF file: {_first_line(error)} Use one of an architecture that "
+                "transformers reads (Llama, Mistral, Qwen, Gemma, ...), or the model's Hugging Face folder."
             ) from error
         raise ModelError(
-            f"{name}: wanted the config.json of a language model: {_first_line(error)} Check the name, or give a folder "
-            "that save_pretrained wrote; models that need their own code are not run."
+            f"{name}: cannot read its config.json: {_first_line(error)} Check the name, or give a folder that "
+            "save_pretrained wrote; models that need code of their own are not run."
         ) from error
     return config
 
@@ -97,8 +108,8 @@ def _require_causal(name: str, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder or not is_causal:
         raise ModelError(
             f"{name}: wanted a causal language model, found {', '.join(architectures) or config.model_type}"
-            f"{' (an encoder-decoder)' if config.is_encoder_decoder else ''}. Choose a model whose config.json names "
-            "an architecture ...ForCausalLM, such as Llama, Qwen, Gemma or GPT-2."
+            f"{' (an encoder-decoder)' if config.is_encoder_decoder else ''}. Choose a model whose config.json "
+            "names an architecture ...ForCausalLM, such as Llama, Qwen, Gemma or GPT-2."
         )
 
 
@@ -111,7 +122,7 @@ def _read_model(
     quantize: Quantization,
     device: torch.device,
 ) -> PreTrainedModel:
-    """Read weights, refusing files that lack some: transformers would fill them with random numbers and only warn."""
+    """Read weights, refusing files that lack some: transformers would draw those at random and only warn."""
     settings: dict[str, Any] = {}
     if quantize == "4bit":
         settings = {"quantization_config": _four_bit(name, where, dtype, device), "device_map": {"": device}}
@@ -119,21 +130,22 @@ def _read_model(
         # Otherwise newer releases keep some architectures packed where they find a kernel, and these do not train.
         settings = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, output_loading_info=True, **where, **settings
         )
-    except torch.OutOfMemoryError:  # the model is fine, the device too small: whoever asked for it says what to lower
-        raise
+    except torch.OutOfMemoryError:
+        raise  # the files are fine, the device is too small: whoever chose both says what to lower
     except _FAILURES as error:
         raise ModelError(
             f"{name}: cannot read the model's weights: {_first_line(error)} "
             "They are missing or damaged: download or convert the model again."
         ) from error
+    model, info = loaded
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise ModelError(
-            f"{name}: {len(lacking)} of the model's weights are missing or of another shape, among them {lacking[0]}. "
-            "The files are incomplete or belong to another model: download or convert it again."
+            f"{name}: {len(lacking)} of the model's weights are missing or of another shape, among them "
+            f"{lacking[0]}. The files are incomplete or belong to another model: download or convert it again."
         )
     result: PreTrainedModel = model.eval() if quantize == "4bit" else model.eval().to(device)
     return result
@@ -145,9 +157,9 @@ def _four_bit(name: str, where: dict[str, Any], dtype: torch.dtype, device: torc
         raise ModelError(f"{name}: a GGUF file cannot be loaded in 4 bit. Set quantize to 'none'.")
     if device.type != "cuda":
         raise ModelError(f"quantize: 4bit needs a CUDA GPU, found device '{device}'. Set quantize to 'none'.")
-    if not transformers.utils.is_bitsandbytes_available():
+    if find_spec("bitsandbytes") is None:
         raise ModelError("quantize: 4bit needs bitsandbytes, which is not installed. Run: pip install bitsandbytes")
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -161,7 +173,7 @@ def _read_tokenizer(name: str, place: str, where: dict[str, Any]) -> PreTrainedT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **where)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ModelError(
-            f"{name}: cannot read the tokenizer: {_first_line(error)} The place must hold tokenizer.json too."
+            f"{name}: cannot read the tokenizer: {_first_line(error)} Model and tokenizer must lie in one place."
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
