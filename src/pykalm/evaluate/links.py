@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class LinkPredictionReport:
         """Summarise both directions together, each query counting once."""
         return rank_metrics(join_rank_tables([self.head, self.tail]))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report without the ranks, for JSON; relations are named by their ids."""
         every_row = np.arange(len(self.triples))
         names = {"graph": self.graph.name, "split": self.split, "protocol": self.protocol}

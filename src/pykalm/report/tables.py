@@ -1,7 +1,7 @@
 """Tables for a terminal of 80 columns or more; they take the same plain data that the results files hold."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,7 +10,6 @@ from rich.text import Text
 
 from pykalm.graph.catalogue import GraphEntry
 from pykalm.graph.check import GraphCheck
-from pykalm.use.predict import NamedEntity, Prediction
 
 SIDES = ("head", "tail", "mean")
 SHOWN_OTHERS = 5
@@ -52,38 +51,49 @@ def metric_cells(metrics: Mapping[str, float]) -> list[str]:
     return [f"{metrics[name]:,.1f}" if name == "mr" else f"{metrics[name]:.3f}" for name in METRICS]
 
 
-def prediction_table(prediction: Prediction) -> RenderableType:
+class PlainPrediction(Protocol):
+    """Give a prediction as plain data (use.predict.Prediction does)."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def prediction_table(prediction: PlainPrediction) -> RenderableType:
     """Lay out the answers to a question, under a line for each choice that was made in understanding it."""
-    table = _table(question(prediction))
+    data = prediction.to_dict()
+    answers = data["answers"]
+    table = _table(f"{data['entity']['name']} → {data['relation_text']} → ?")
     table.add_column("", justify="right", style="dim")
     table.add_column("answer", no_wrap=True, overflow="ellipsis", max_width=28)
     table.add_column("cosine", justify="right", no_wrap=True)
     table.add_column("known in", no_wrap=True)
-    table.add_column("description", style="dim")  # the one column that gives way in a narrow terminal
-    for answer in prediction.answers:
-        name = Text(answer.name, style="bold green" if answer.known_in else "bold")
-        about = Text(answer.description, no_wrap=True, overflow="ellipsis")
-        table.add_row(str(answer.rank), name, f"{answer.score:.3f}", answer.known_in or "–", about)
-    return Group(*understanding(prediction), table)
+    if any(answer["description"] for answer in answers):
+        table.add_column("description", style="dim")  # the one column that gives way in a narrow terminal
+    for answer in answers:
+        name = Text(answer["name"], style="bold green" if answer["known_in"] else "bold")
+        about = Text(answer["description"], no_wrap=True, overflow="ellipsis")
+        cells = (
+            Text(str(answer["rank"])),
+            name,
+            Text(f"{answer['score']:.3f}"),
+            Text(answer["known_in"] or "–"),
+            about,
+        )
+        table.add_row(*cells[: len(table.columns)])
+    return Group(*_understanding(data), table)
 
 
-def question(prediction: Prediction) -> str:
-    """Write the question as it is read, from the given entity to the answers."""
-    return f"{prediction.entity.name} → {prediction.relation_text} → ?"
-
-
-def understanding(prediction: Prediction) -> list[Text]:
+def _understanding(prediction: Mapping[str, Any]) -> list[Text]:
     """Say, where it is not plain, which entity was taken and which others bear its name."""
-    if prediction.how == "free text":
-        return [Text(f"'{prediction.entity.name}' is read as free text: no split knows its answers.", style="yellow")]
-    if not prediction.others:
+    entity, others = prediction["entity"], prediction["others"]
+    if prediction["how"] == "free text":
+        return [Text(f"'{entity['name']}' is read as free text: no split knows its answers.", style="yellow")]
+    if not others:
         return []
-    count = len(prediction.others) + 1
-    lines = [Text(f"{count} entities bear this name; give an id to choose another.", style="yellow")]
-    lines.append(_described("taken", prediction.entity))
-    lines += [_described("not  ", other) for other in prediction.others[:SHOWN_OTHERS]]
-    if count > SHOWN_OTHERS + 1:
-        lines.append(Text(f"  and {count - SHOWN_OTHERS - 1} more", style="dim"))
+    lines = [Text(f"{len(others) + 1} entities bear this name; give an id to choose another.", style="yellow")]
+    lines.append(_described("taken", entity))
+    lines += [_described("not  ", other) for other in others[:SHOWN_OTHERS]]
+    if len(others) > SHOWN_OTHERS:
+        lines.append(Text(f"  and {len(others) - SHOWN_OTHERS} more", style="dim"))
     return lines
 
 
@@ -137,9 +147,9 @@ def _table(title: str, *, caption: str | None = None) -> Table:
     )
 
 
-def _described(label: str, entity: NamedEntity) -> Text:
-    description = f": {entity.description}" if entity.description else ""
-    line = Text.assemble((f"  {label} ", "dim"), (str(entity.id), "bold"), f" {entity.name}{description}")
+def _described(label: str, entity: Mapping[str, Any]) -> Text:
+    description = f": {entity['description']}" if entity["description"] else ""
+    line = Text.assemble((f"  {label} ", "dim"), (entity["id"], "bold"), f" {entity['name']}{description}")
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
 
