@@ -97,7 +97,8 @@ def read_settings(file: Path, problems: list[str]) -> list[Setting]:
     try:
         tree = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if tree is not None and not isinstance(tree, yaml.MappingNode):
-            raise ConfigError(f"{file}: wanted `key: value` lines, found a {tree.id}. See docs/configuration.md.")
+            kind = type(tree).__name__.removesuffix("Node").lower()
+            raise ConfigError(f"{file}: wanted `key: value` lines, found a {kind}. See docs/configuration.md.")
         settings = list(walk(tree, file)) if tree is not None else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: wanted a YAML file in UTF-8, found: {error}.") from error
