@@ -63,10 +63,11 @@ def prediction_table(prediction: PlainPrediction) -> RenderableType:
     answers = data["answers"]
     table = _table(f"{data['entity']['name']} → {data['relation_text']} → ?")
     table.add_column("", justify="right", style="dim")
-    table.add_column("answer", no_wrap=True, overflow="ellipsis", max_width=28)
+    has_descriptions = any(answer["description"] for answer in answers)
+    table.add_column("answer", no_wrap=True, overflow="ellipsis", max_width=28 if has_descriptions else None)
     table.add_column("cosine", justify="right", no_wrap=True)
     table.add_column("known in", no_wrap=True)
-    if any(answer["description"] for answer in answers):
+    if has_descriptions:
         table.add_column("description", style="dim")  # the one column that gives way in a narrow terminal
     for answer in answers:
         name = Text(answer["name"], style="bold green" if answer["known_in"] else "bold")
