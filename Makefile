@@ -1,20 +1,20 @@
-# Thin fronts over scripts/, for people who like make.
+# Thin fronts over scripts/, for people who like make. `make test ARGUMENTS="-k trie"` passes arguments on.
 .PHONY: help demo test check breaks docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
 
 demo:           ## the main job on the bundled graph and a small language model
-	@sh scripts/demo
+	@sh scripts/demo $(ARGUMENTS)
 
 test:           ## the fast tests
-	@sh scripts/test
+	@sh scripts/test $(ARGUMENTS)
 
 check:          ## style, types, imports
 	@sh scripts/check
 
 breaks:         ## every law of tests/laws must turn red when its seeded break is put in
-	@sh scripts/breaks
+	@sh scripts/breaks $(ARGUMENTS)
 
 docs:           ## write docs/configuration.md anew from the settings
 	@sh scripts/docs

@@ -196,6 +196,16 @@ def test_lines_of_progress_come_now_and_then_with_the_time_left(capsys: pytest.C
     ]
 
 
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with terminal.show_progress("training") as watch:
+        watch(3, 4, "loss 1.0")
+    printed = capsys.readouterr()
+    assert "training" in printed.err
+    assert "3/4" in printed.err
+    assert printed.out == ""
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3600, "1:00:00"), (7384, "2:03:04")])
 def test_seconds_are_written_as_a_clock_shows_them(seconds: float, text: str) -> None:
     assert terminal.format_seconds(seconds) == text
