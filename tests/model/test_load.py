@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -188,22 +187,22 @@ def test_the_converted_tokenizer_splits_digits_as_the_published_one(wheel_calls:
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "2"]
 
 
-def test_conversions_at_the_same_time_leave_one_whole_copy(wheel_calls: list[list[str]]) -> None:
-    folders, barrier = list[Path](), threading.Barrier(2)
+def test_the_slower_of_two_conversions_keeps_the_copy_of_the_faster(
+    wheel_calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert, inode = known_models._convert, list[int]()
 
-    def convert() -> None:
-        barrier.wait()
-        folders.append(convert_from_wheel("smollm2-135m"))
+    def convert_while_another_process_finishes(file: Path, folder: Path) -> None:
+        monkeypatch.setattr(known_models, "_convert", convert)
+        inode.append((convert_from_wheel("smollm2-135m") / "model.safetensors").stat().st_ino)
+        convert(file, folder)
 
-    threads = [threading.Thread(target=convert) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert folders[0] == folders[1]
+    monkeypatch.setattr(known_models, "_convert", convert_while_another_process_finishes)
+    folder = convert_from_wheel("smollm2-135m")
     assert len(wheel_calls) == 2
+    assert [(folder / "model.safetensors").stat().st_ino] == inode
     assert read("smollm2-135m").fingerprint
-    assert [path.name for path in folders[0].parent.iterdir()] == ["smollm2-135m"]
+    assert [path.name for path in folder.parent.iterdir()] == ["smollm2-135m"], "no draft is left behind"
 
 
 def test_a_wheel_with_another_file_is_refused(

@@ -141,8 +141,8 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            # Under autocast, peft's cast of every input to float32 would be undone at once by the matrix product,
-            # at 2 % of a step (7 % with dropout) and one more copy of each input kept for the backward pass.
+            # Under autocast, peft's cast of every input to float32 would be undone at once by the matrix product;
+            # it costs 2 to 7 % of a step and a fifth more memory for the backward pass (measured, width 576).
             module.cast_input_dtype_enabled = False
     adapted.train(model.training)
     assert isinstance(adapted, PeftModel)
