@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     def temperature(self) -> float:
         """Return τ."""
-        return math.exp(-float(self.log_inverse_temperature))
+        return math.exp(-float(self.log_inverse_temperature.detach()))
 
     def lay_out(self, texts: Sequence[TokenIds]) -> TokenTrie:
         """Put texts into one trie, or one text a row where the model needs separate passes."""

@@ -52,7 +52,7 @@ class Run:
         """Put weights, temperature, wordings and fingerprints in place of those saved before, all or none."""
         alignment = {
             "format": FORMAT,
-            "log_inverse_temperature": float(self.encoder.log_inverse_temperature),
+            "log_inverse_temperature": float(self.encoder.log_inverse_temperature.detach()),
             "temperature": self.encoder.temperature(),
             "pooling": "last",
             "templates": self.verbalizer.templates.to_dict(),

@@ -1,0 +1,164 @@
+"""Law 1: a packed trie gives what separate passes give: embeddings, losses, gradients, in all model families."""
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pykalm.model import attention, packing
+from pykalm.model.encoder import Encoder
+from pykalm.model.packing import TOLERANCE, choose_passes, packed_difference
+from pykalm.text.trie import build_trie
+from pykalm.text.verbalize import Verbalizer
+from tests.laws.common import (
+    build_batch,
+    copied_gradients,
+    gradients,
+    largest_difference,
+    replaced,
+    tiny_encoder,
+    tiny_graph,
+    tiny_verbalizer,
+)
+from tests.tiny_models import FAMILIES
+
+
+def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
+    """Read one text in a pass of its own, as transformers would: no mask, no padding, no positions given."""
+    states: Tensor = encoder.causal_lm.base_model(input_ids=torch.from_numpy(text)[None], use_cache=False)[0]
+    return F.normalize(states[0, -1], dim=-1)
+
+
+def loss_by_loops(encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]]) -> Tensor:
+    """Write METHOD.md §2–4 down in loops over the training triples, both directions, with λ = 1."""
+    graph = verbalizer.graph
+    rows = [tuple(map(int, row)) for row in graph.triples("train")]
+    rows += [(tail, relation + graph.num_relations, head) for head, relation, tail in rows]
+    known, τ, γ = set(rows), torch.exp(-encoder.log_inverse_temperature), 0.02
+    query = {(h, r): read_alone(encoder, verbalizer.query(h, r)) for h, r, _ in rows}
+    entities = sorted({h for h, _, _ in rows} | {t for _, _, t in rows})
+    candidate = {e: read_alone(encoder, verbalizer.candidate(e)) for e in entities}
+    explicit = []
+    for h, r, t in rows:
+        true = (query[h, r] @ candidate[t] - γ) / τ
+        tails = [query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known]
+        heads = [query[q] @ candidate[t] / τ for q in query if (*q, t) not in known]
+        explicit += [-F.log_softmax(torch.stack([true, *others]), 0)[0] for others in (tails, heads)]
+    surprises = []
+    for triple in completed:
+        completion = verbalizer.completion(*triple)
+        logits = encoder.causal_lm(input_ids=torch.from_numpy(completion.tokens)[None]).logits[0]
+        for place in range(completion.answer_start, len(completion.tokens)):
+            surprises.append(-F.log_softmax(logits[place - 1], -1)[int(completion.tokens[place])])
+    return torch.stack(explicit).mean() + torch.stack(surprises).mean()
+
+
+def completed_triples(encoder: Encoder, verbalizer: Verbalizer) -> list[tuple[int, int, int]]:
+    """Return the triples whose completions `build_batch` draws, found by drawing them again."""
+    drawn: list[tuple[int, int, int]] = []
+    original = verbalizer.completion
+    verbalizer.completion = lambda *row: drawn.append(row) or original(*row)  # type: ignore[method-assign,func-returns-value]
+    build_batch(encoder, verbalizer)
+    verbalizer.completion = original  # type: ignore[method-assign]
+    return drawn
+
+
+def test_packed_trie_equals_separate_passes() -> None:
+    """Float32 rounding reaches 2e-6 here, gradients included; every break moves a loss by more than 1e-2."""
+    for family in FAMILIES:
+        for template in ("prefix-sharing", "published"):
+            encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph(), template=template)
+            loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
+            encoder.zero_grad()
+            expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer))
+            expected.backward()
+            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, template, loss.total, float(expected))
+            difference = largest_difference(packed, copied_gradients(encoder))
+            assert difference < 2e-4, (family, template, difference)
+
+
+def test_packed_vectors_equal_vectors_read_alone() -> None:
+    """Rows of 32 tokens cut the trie many times; float32 rounding is below 2e-6."""
+    graph = tiny_graph()
+    for family in FAMILIES:
+        encoder, verbalizer = tiny_encoder(family, row_tokens=32, chunk_tokens=64), tiny_verbalizer(graph)
+        heads, relations = np.repeat(np.arange(6), 4), np.tile(np.arange(4), 6)
+        texts = [*verbalizer.queries(heads, relations), *verbalizer.candidates(np.arange(6))]
+        with torch.no_grad():
+            alone = torch.stack([read_alone(encoder, text) for text in texts])
+        assert float((encoder.embed(texts) - alone).abs().max()) < 2e-6, family
+
+
+def test_start_check_takes_separate_passes_where_a_trie_is_misread() -> None:
+    """The check at the start is real: it lets exact families pack, and no family with a wrong mask."""
+    verbalizer = tiny_verbalizer(tiny_graph())
+    for family in FAMILIES:
+        encoder = tiny_encoder(family)
+        choose_passes(encoder, verbalizer)
+        assert encoder.packed == (family != "mamba"), family
+        with siblings_see_each_other():
+            choose_passes(encoder, verbalizer)
+        assert not encoder.packed, family
+
+
+def test_start_check_measures_a_difference_above_its_tolerance_for_a_wrong_mask() -> None:
+    verbalizer, encoder = tiny_verbalizer(tiny_graph()), tiny_encoder()
+    texts = packing._sample_texts(verbalizer)
+    right = packed_difference(encoder, texts)
+    with siblings_see_each_other():
+        wrong = packed_difference(encoder, texts)
+    assert right < 1e-5 < TOLERANCE[torch.float32] < 0.1 < wrong
+
+
+def test_trie_paths_spell_the_texts_and_ends_bound_the_descendants() -> None:
+    """Random texts over three tokens share prefixes in every way; ends are recounted by walking all pairs of paths."""
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(0, 3, size=generator.integers(1, 7)) for _ in range(60)]
+    for row_tokens in (6, 16, 1000):
+        trie = build_trie(texts, row_tokens=row_tokens)
+        assert trie.row_lengths.max() <= row_tokens and trie.row_lengths.sum() == trie.num_nodes
+        sees = {(i, j) for path in trie.paths for i in path[path >= 0] for j in path[path >= 0] if j <= i}
+        rows = np.searchsorted(trie.row_starts, np.arange(trie.num_nodes), side="right")
+        for i in range(trie.num_nodes):
+            for j in range(trie.num_nodes):
+                assert ((i, j) in sees) == (j <= i < trie.ends[j] and rows[i] == rows[j])
+        for text, path in zip(texts, trie.paths, strict=True):
+            nodes = path[: len(text)]
+            assert (trie.token_ids[nodes] == text).all() and (trie.depths[nodes] == np.arange(len(text))).all()
+    assert trie.num_nodes == len({tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)})
+
+
+def siblings_see_each_other() -> AbstractContextManager[None]:
+    """Use a plain causal mask along the row."""
+
+    def wrong(ends: Tensor, depths: Tensor, window: int | None = None) -> Tensor:
+        places = torch.arange(ends.shape[1])
+        return (places[None, :] <= places[:, None]).expand(len(ends), 1, -1, -1)
+
+    return replaced(attention, "visible", wrong)
+
+
+def window_counts_places_in_the_row() -> AbstractContextManager[None]:
+    """Measure a sliding window along the row, not along the text."""
+    right = attention.visible
+
+    def wrong(ends: Tensor, depths: Tensor, window: int | None = None) -> Tensor:
+        places = torch.arange(ends.shape[1]).expand_as(depths)
+        return right(ends, places, window)
+
+    return replaced(attention, "visible", wrong)
+
+
+def subtree_ends_one_late() -> AbstractContextManager[None]:
+    right = attention.visible
+    return replaced(attention, "visible", lambda ends, depths, window=None: right(ends + 1, depths, window))
+
+
+BREAKS = {
+    "siblings see each other": siblings_see_each_other,
+    "the window counts places in the row": window_counts_places_in_the_row,
+    "a subtree ends one node late": subtree_ends_one_late,
+}
+CHECKS = dict.fromkeys(BREAKS, "test_packed_trie_equals_separate_passes")

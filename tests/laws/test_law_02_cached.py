@@ -1,0 +1,80 @@
+"""Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from pykalm.learn import step
+from tests.laws.common import (
+    build_batch,
+    gradients,
+    largest_difference,
+    replaced,
+    tiny_encoder,
+    tiny_graph,
+    tiny_verbalizer,
+)
+
+
+def test_cached_gradients_equal_one_shot_gradients() -> None:
+    """Train mode with dropout 0.3; rounding is below 1e-5, other dropout numbers move gradients by more than 0.1."""
+    for chunk_tokens in (64, 160):
+        encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=chunk_tokens).train()
+        batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
+        assert len(batch.trie.chunks(chunk_tokens)) > 1
+        one_shot_loss, one_shot = gradients(encoder, batch)
+        cached_loss, cached = gradients(encoder, batch, memory_tokens=1)
+        assert "log_inverse_temperature" in cached and float(cached["log_inverse_temperature"].abs()) > 1e-3
+        assert abs(cached_loss.total - one_shot_loss.total) < 1e-5
+        assert abs(cached_loss.implicit - one_shot_loss.implicit) < 1e-5
+        assert largest_difference(cached, one_shot) < 2e-5
+
+
+def test_dropout_is_on_in_that_law() -> None:
+    encoder = tiny_encoder(dropout=0.3).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
+    assert largest_difference(gradients(encoder, batch, seed=0)[1], gradients(encoder, batch, seed=1)[1]) > 0.1
+
+
+def test_each_objective_alone_has_its_own_gradient() -> None:
+    """The parts are linear: with λ the joint gradient is explicit + λ · implicit, cached or not."""
+    encoder = tiny_encoder(row_tokens=48, chunk_tokens=64)
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
+    for memory_tokens in (1, 1 << 20):
+        explicit, one, three = (
+            gradients(encoder, batch, memory_tokens=memory_tokens, implicit_weight=weight)[1] for weight in (0, 1, 3)
+        )
+        expected = {name: explicit[name] + 3 * (one[name] - explicit[name]) for name in one}
+        assert largest_difference(three, expected) < 1e-4
+
+
+def second_pass_draws_other_dropout() -> AbstractContextManager[None]:
+    return replaced(step, "_set_random_state", lambda device, state: None)
+
+
+def vectors_are_detached_from_the_temperature() -> AbstractContextManager[None]:
+    """Take the temperature as a constant, as a parameter of the trainer would be. METHOD.md §7.2."""
+    right = step.dual_view_loss
+
+    def wrong(query: torch.Tensor, candidates: torch.Tensor, **rest: object) -> torch.Tensor:
+        scale = rest.pop("log_scale")
+        if query.is_leaf or query.grad_fn is None or not query.requires_grad:
+            return right(query, candidates, log_scale=scale, **rest)  # type: ignore[arg-type]
+        cached = type(query.grad_fn.next_functions[0][0]).__name__ == "AccumulateGrad"
+        assert isinstance(scale, torch.Tensor)
+        return right(query, candidates, log_scale=scale.detach() if cached else scale, **rest)  # type: ignore[arg-type]
+
+    return replaced(step, "dual_view_loss", wrong)
+
+
+def gradients_reach_the_wrong_chunk() -> AbstractContextManager[None]:
+    """Join the chunks' vectors in the order they were computed in, not in that of their nodes."""
+    return replaced(step, "_in_order", lambda vectors, chunks, count: torch.cat(vectors))
+
+
+BREAKS = {
+    "the second pass draws other dropout": second_pass_draws_other_dropout,
+    "the cached pass forgets the temperature": vectors_are_detached_from_the_temperature,
+    "gradients reach the wrong chunk": gradients_reach_the_wrong_chunk,
+}
+CHECKS = dict.fromkeys(BREAKS, "test_cached_gradients_equal_one_shot_gradients")

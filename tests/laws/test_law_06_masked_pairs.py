@@ -1,0 +1,132 @@
+"""Law 6: a masked pair changes neither loss nor gradient; known answers are masked, on a graph worked out by hand."""
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykalm.graph.known import KnownAnswers
+from pykalm.learn import batches
+from pykalm.learn.losses import dual_view_loss
+from tests.laws.common import build_batch, gradients, replaced, tiny_encoder, tiny_graph, tiny_verbalizer
+
+# ada knows bo, cy; dan knows bo; bo likes cy; cy likes bo; ada b likes eve (the training triples of tiny_graph).
+KNOWN_BY_HAND = {
+    "ada: a poet | knows:": {"bo: a baker of bread |", "cy: a poet |"},
+    "dan | knows:": {"bo: a baker of bread |"},
+    "bo: a baker of bread | is known by:": {"ada: a poet |", "dan |"},
+    "cy: a poet | is known by:": {"ada: a poet |"},
+    "bo: a baker of bread | likes:": {"cy: a poet |"},
+    "cy: a poet | likes:": {"bo: a baker of bread |"},
+    "ada b | likes:": {"eve: a sailor |"},
+    "cy: a poet | is liked by:": {"bo: a baker of bread |"},
+    "bo: a baker of bread | is liked by:": {"cy: a poet |"},
+    "eve: a sailor | is liked by:": {"ada b |"},
+}
+
+
+def loss_of(query: Tensor, candidates: Tensor, known: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, c = query.clone().requires_grad_(), candidates.clone().requires_grad_()
+    loss = dual_view_loss(q, c, log_scale=torch.tensor(math.log(4.0)), margin=0.1, positives=positives, known=known)
+    return loss.detach(), *torch.autograd.grad(loss, (q, c))
+
+
+def test_known_answers_of_a_batch_are_masked() -> None:
+    """Every pair of the batch's mask, by its texts, against the list above, also when only part of train is drawn."""
+    verbalizer = tiny_verbalizer(tiny_graph())
+    for triples in (None, [(0, 0, 2), (3, 1, 2)]):
+        encoder = tiny_encoder()
+        batch = build_batch(encoder, verbalizer, triples)
+        decode = verbalizer.tokenizer.decode
+        spelled = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in batch.trie.paths}
+        queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
+        assert len(queries) == len(set(queries)) and len(candidates) == len(set(candidates))
+        for i, query in enumerate(queries):
+            for j, candidate in enumerate(candidates):
+                assert bool(batch.known[i, j]) == (candidate in KNOWN_BY_HAND[query]), (query, candidate)
+        assert all(batch.known[i, j] for i, j in batch.positives)
+
+
+def test_moving_a_masked_pair_changes_neither_loss_nor_gradient() -> None:
+    """Query 0 has answers 0 and 1 (1 is not of the batch), candidate 2 is only a distractor of known query 1."""
+    query, candidates = torch.eye(4)[:2], torch.eye(4)[:3] * 0.5
+    known = torch.tensor([[True, True, False], [False, True, True]])
+    positives = torch.tensor([[0, 0], [1, 1]])
+    loss, query_gradient, candidate_gradient = loss_of(query, candidates, known, positives)
+    moved = candidates.clone()
+    moved[2, 1] = 0.9  # the score of the masked pair (1, 2) alone
+    moved_loss, moved_query_gradient, moved_candidate_gradient = loss_of(query, moved, known, positives)
+    assert torch.equal(moved_loss, loss)
+    assert torch.equal(moved_query_gradient[1, :1], query_gradient[1, :1])
+    assert torch.equal(moved_candidate_gradient, candidate_gradient)
+    assert candidate_gradient[2, 1] == 0  # no pull from query 1
+
+
+def test_loss_equals_a_sum_worked_out_by_hand() -> None:
+    """Scale 4, margin 0.1, cosines (0.5, 0.25; 0, 0.75); each query has one answer, on the diagonal."""
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    candidates = torch.tensor([[0.5, 0.0], [0.25, 0.75]])
+    loss, *_ = loss_of(query, candidates, torch.eye(2, dtype=torch.bool), torch.tensor([[0, 0], [1, 1]]))
+    e = math.exp
+    rows = [-math.log(e(1.6) / (e(1.6) + e(1.0))), -math.log(e(2.6) / (e(2.6) + e(0)))]
+    columns = [-math.log(e(1.6) / (e(1.6) + e(0))), -math.log(e(2.6) / (e(2.6) + e(1.0)))]
+    assert abs(float(loss) - (sum(rows) / 2 + sum(columns) / 2) / 2) < 1e-6
+
+
+def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
+    loss, *grads = loss_of(torch.eye(2), torch.eye(2), torch.ones(2, 2, dtype=torch.bool), torch.tensor([[0, 0]]))
+    assert float(loss) == 0 and all(float(gradient.abs().max()) == 0 for gradient in grads)
+
+
+def test_entities_with_the_same_text_are_one_candidate() -> None:
+    """Two poets named cy cannot be told apart, so neither is a negative of the other's triples."""
+    import dataclasses
+
+    graph = dataclasses.replace(tiny_graph(), entity_names=("ada", "ada b", "bo", "cy", "dan", "cy"),
+                                entity_descriptions=("a poet", "", "a baker of bread", "a poet", "", "a poet"))  # fmt: skip
+    encoder = tiny_encoder()
+    batch = build_batch(encoder, tiny_verbalizer(graph))
+    assert len(batch.candidate_nodes) == 5
+    assert gradients(encoder, batch)[0].explicit > 0
+
+
+def mask_never_fires() -> AbstractContextManager[None]:
+    """Look known answers up and find none, as the published code does; the batch's own positives are known. METHOD.md §7.1."""
+
+    def wrong(self: KnownAnswers, heads: Any, relations: Any, candidates: Any) -> Any:
+        return np.zeros((len(heads), len(candidates)), dtype=np.bool_)
+
+    return replaced(KnownAnswers, "mask", wrong)
+
+
+def only_the_batch_is_masked() -> AbstractContextManager[None]:
+    """Mask the positives of the batch, but no other known triple."""
+    right = batches._distinct_texts
+
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any) -> Any:
+        alone = np.zeros_like(known)
+        alone[positives[:, 0], np.searchsorted(np.unique(positives[:, 1]), positives[:, 1])] = True
+        alone &= known
+        return right(queries, candidates, positives, alone)
+
+    return replaced(batches, "_distinct_texts", wrong)
+
+
+def masked_scores_are_lowered_by_one() -> AbstractContextManager[None]:
+    """Subtract instead of remove."""
+    return replaced(Tensor, "masked_fill", lambda self, mask, value: self - mask.to(self.dtype))
+
+
+BREAKS = {
+    "the mask never fires": mask_never_fires,
+    "only the batch's own triples are masked": only_the_batch_is_masked,
+    "masked scores are lowered, not removed": masked_scores_are_lowered_by_one,
+}
+CHECKS = {
+    "the mask never fires": "test_known_answers_of_a_batch_are_masked",
+    "only the batch's own triples are masked": "test_known_answers_of_a_batch_are_masked",
+    "masked scores are lowered, not removed": "test_moving_a_masked_pair_changes_neither_loss_nor_gradient",
+}
