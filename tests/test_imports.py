@@ -23,6 +23,7 @@ LAYERS = [
     "use",
     "api",
     "terminal",
+    "demo",
     "cli",
 ]
 # Validation comes to the training loop as a function, so measuring knows nothing of learning.

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
         load_graph,
         load_run,
         predict,
-        run_demo,
         train,
     )
     from pykalm.config import Config, load_config
+    from pykalm.demo import run_demo
     from pykalm.errors import KalmError
     from pykalm.report.tables import (
         catalogue_table,
@@ -62,6 +62,7 @@ HOMES = {
     "load_config": "pykalm.config",
     "prediction_table": "pykalm.report.tables",
     "relation_table": "pykalm.report.tables",
+    "run_demo": "pykalm.demo",
 }
 
 

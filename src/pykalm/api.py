@@ -22,7 +22,7 @@ from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.train import StepReport, Trainer
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
-from pykalm.model.load import load_language_model
+from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
@@ -90,7 +90,7 @@ def evaluate_links(
         progress=progress,
     )
     parts = ["links", run.graph.name if graph is not None else "", split if split != "test" else "",
-             "baseline" if baseline else ""]  # fmt: skip
+             f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
     report.save(run.path / "results", ".".join(part for part in parts if part))
     if own:
         index.save(run.path / "index")

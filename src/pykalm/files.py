@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pykalm.errors import TrainingError
+from safetensors import SafetensorError
+
+from pykalm.errors import RunError, TrainingError
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
@@ -16,11 +18,9 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
 
     Raises TrainingError where the disk is full or writing fails; the target then is as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    draft = Path(name)
+    draft = target.with_name(f".{target.name}-{os.getpid()}")
     with explain_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(draft)
             _flush(draft)
@@ -34,22 +34,23 @@ def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
 
     A kill between the two renames leaves the old folder under another name; `recover_folder` brings it back.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft, old = target.with_name(f".{target.name}-new"), target.with_name(f".{target.name}-old")
-    recover_folder(target)
     with explain_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(target)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         try:
             fill(draft)
             for file in draft.iterdir():
+                file.chmod(draft.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
                 _flush(file)
             if target.exists():
                 target.rename(old)
             draft.rename(target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+            recover_folder(target)
 
 
 def recover_folder(target: Path) -> None:
@@ -62,12 +63,46 @@ def recover_folder(target: Path) -> None:
             old.rename(target)
 
 
+def remove_drafts(target: Path) -> None:
+    """Remove what killed processes left of `replace_file`; only where no other process can be writing the target."""
+    for draft in target.parent.glob(f".{target.name}-*"):
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where there is none, against every other process that asks for it in the same way.
+
+    The system lets go of it when the process ends, however it ends. Raises RunError where another one holds it.
+    """
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only where it is still empty
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(
+            f"{folder}: wanted a folder that no one writes to, found another training at work in it. Wait for its end, "
+            "stop it, or take another --out."
+        ) from error
+
+
 @contextlib.contextmanager
 def explain_write_errors(target: Path) -> Iterator[None]:
     """Turn a failed write into a TrainingError that says what is safe and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         remedy = "Free some space" if full else "Check the folder and its rights"
         raise TrainingError(f"{target}: cannot save: {error}. {remedy}; what was saved before is whole.") from error

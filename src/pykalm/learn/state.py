@@ -2,18 +2,22 @@
 
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pykalm.errors import RunError
-from pykalm.files import replace_file
+from pykalm.files import explain_write_errors, remove_drafts, replace_file
 
 STATE_FILE = Path("state") / "latest.pt"
 METRICS_FILE = "metrics.jsonl"
+
+# What torch.load and taking its result apart raise on a file that is cut off, or holds something else.
+DAMAGE = (RuntimeError, LookupError, TypeError, AttributeError, EOFError, OSError, ValueError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -55,6 +59,7 @@ def load_state(
     Raises RunError where the file is damaged, or graph, model or texts are not those that it was saved with.
     """
     file = run_folder / STATE_FILE
+    remove_drafts(file)
     if not file.is_file():
         return Progress()
     try:
@@ -66,20 +71,25 @@ def load_state(
                     f"{file}: the {what} has changed since: wanted fingerprint {state['fingerprints'][what][:12]}, found "
                     f"{found[:12]}. Bring back what the run began with, or start a new run."
                 )
-        if saved.keys() != parameters.keys():
+        if _shapes(saved) != _shapes(parameters):
             raise RunError(
-                f"{file}: wanted the state of {len(parameters)} learned tensors, found {len(saved)} of other names. "
-                "The settings of the run have changed since; restore config.yaml."
+                f"{file}: wanted the state of {len(parameters)} learned tensors, found {len(saved)} of other names or "
+                "shapes. The settings of the run have changed since; restore config.yaml."
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
         optimizer.load_state_dict(state["optimizer"])
         return Progress(**state["progress"])
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         raise RunError(
-            f"{file}: damaged: {error}. Restore it from a copy, or delete the run folder and train again."
+            f"{file}: wanted the state of a training, found a damaged file ({type(error).__name__}). Restore it from a "
+            "copy, or delete the run folder and train again."
         ) from error
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 class MetricsLog:
@@ -92,19 +102,23 @@ class MetricsLog:
         replace_file(self.file, lambda file: file.write_text(text, encoding="utf-8"))
 
     def write(self, **values: float | int | None) -> None:
-        """Append a line."""
-        with self.file.open("a", encoding="utf-8") as handle:
+        """Append a line. Raises TrainingError where writing fails."""
+        with explain_write_errors(self.file), self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(values) + "\n")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return the lines of metrics.jsonl; one cut off by a kill is left out. Raises RunError on any other damage."""
     file = run_folder / METRICS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    *complete, _cut_off = lines or [b""]
+    try:
+        records = [dict(json.loads(line)) for line in complete]
+        for record in records:
+            int(record["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{file}: wanted a JSON object with its step on every line, found others ({type(error).__name__}: {error}). "
+            "Restore or delete the file; training does not need it."
+        ) from error
     return records

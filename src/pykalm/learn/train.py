@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from pykalm.config import Config
@@ -174,7 +175,13 @@ def _accelerator(config: Config, folder: Path) -> Accelerator:
     """Return accelerate's hand on device, clipping and trackers; precision is the encoder's own."""
     device = config.training.device
     trackers = list(config.training.trackers)
-    accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))  # type: ignore[arg-type]
+    # accelerate leaves out, without a word, those whose package is not there.
+    if missing := sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()}):
+        raise TrainingError(
+            f"training.trackers: wanted {', '.join(missing)}, found no package of that name. "
+            "Run `pip install 'pykalm[tracking]'`, or leave it out."
+        )
+    accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))
     if trackers:
         accelerator.init_trackers("kalm", config={"settings": config.to_yaml()})
     return accelerator

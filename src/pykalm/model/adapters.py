@@ -1,10 +1,7 @@
 """Make a loaded language model trainable, by LoRA or in full; save and restore what was trained, bit for bit."""
 
-import errno
 import math
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pykalm.errors import ModelError, TrainingError
+from pykalm.errors import ModelError
+from pykalm.files import replace_folder
 from pykalm.model.pretrained import no_progress_bars
 
 AdapterKind = Literal["lora", "full"]
@@ -159,25 +157,19 @@ def _initialise(adapted: PeftModel, generator: torch.Generator) -> None:
             parameter.copy_(values)
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Save what was trained: LoRA in peft's layout, a fully trained model as a Hugging Face folder.
+def save_adapter(model: nn.Module, folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
+    """Save what was trained, LoRA in peft's layout or a whole Hugging Face folder, in place of what the folder held.
 
-    Everything is written beside the folder first and then moved in, the one file of weights last: a full disk or
-    a kill leaves the earlier files whole. Raises TrainingError where writing fails.
+    notes: texts by file name that belong to the weights. All is replaced at once: a full disk or a kill leaves the
+    earlier files whole. Raises TrainingError where writing fails.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as draft:
-            _write(model, Path(draft))
-            folder.mkdir(exist_ok=True)
-            for file in sorted(Path(draft).iterdir(), key=lambda path: path.suffix == ".safetensors"):
-                os.replace(file, folder / file.name)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = "Free some space" if full else "Check the folder and its rights"
-        raise TrainingError(
-            f"{folder}: cannot save the model: {error}. {remedy}; what was there before is whole."
-        ) from error
+
+    def fill(draft: Path) -> None:
+        _write(model, draft)
+        for name, text in (notes or {}).items():
+            (draft / name).write_text(text, encoding="utf-8")
+
+    replace_folder(folder, fill)
 
 
 def _write(model: nn.Module, folder: Path) -> None:

@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         temperature: float = 0.05,
         learn_temperature: bool = True,
         precision: Literal["bf16", "fp32"] = "bf16",
-        row_tokens: int = 512,
+        row_tokens: int = 256,
         chunk_tokens: int = 2048,
         packed: bool = True,
     ) -> None:

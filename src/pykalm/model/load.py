@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pykalm.errors import ModelError
 from pykalm.model.fingerprint import fingerprint_model
 from pykalm.model.known_models import KNOWN_MODELS, convert_from_wheel, converted_folder
-from pykalm.model.pretrained import Quantization, read_pretrained, vocabulary_size
+from pykalm.model.pretrained import Quantization, read_pretrained, read_tokenizer, vocabulary_size
 
 _log = logging.getLogger(__name__)
 
@@ -54,10 +54,15 @@ def load_language_model(
     return LanguageModel(model, tokenizer, source, fingerprint_model(model))
 
 
-def _read(
-    source: str, *, dtype: torch.dtype, quantize: Quantization, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Decide what a source is, and read it."""
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model alone, from whatever `load_language_model` takes; raises what that raises."""
+    place, gguf_file, local = _locate(source)
+    where = {"local_files_only": local, "trust_remote_code": False}
+    return read_tokenizer(source, place, where | ({"gguf_file": gguf_file} if gguf_file else {}))
+
+
+def _locate(source: str) -> tuple[str, str | None, bool]:
+    """Decide what a source is: return its place, the GGUF file there if it is one, and whether the place is local."""
     place, gguf_file, local = source, None, True
     path = Path(source).expanduser()
     if source in KNOWN_MODELS:
@@ -72,12 +77,20 @@ def _read(
         )
     else:
         local = not _hub_has(source)
+    return place, gguf_file, local
+
+
+def _read(
+    source: str, *, dtype: torch.dtype, quantize: Quantization, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Find a model and read it."""
+    place, gguf_file, local = _locate(source)
     try:
         return read_pretrained(
             place, gguf_file=gguf_file, dtype=dtype, quantize=quantize, device=device, local_files_only=local
         )
     except ModelError as error:
-        if place == source and local and not path.exists():
+        if place == source and local and not Path(source).expanduser().exists():
             raise _unreachable(source) from error
         raise
 

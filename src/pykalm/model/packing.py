@@ -41,6 +41,8 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     name = type(encoder.causal_lm).__name__
     try:
         difference = packed_difference(encoder, texts)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the mask
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         log.info("%s takes no attention mask of its own (%s)", name, error)
         difference = float("inf")

@@ -63,7 +63,7 @@ def read_pretrained(
         config = _read_config(name, place, where)
         _require_causal(name, config)
         model = _read_model(name, place, where, dtype=dtype, quantize=quantize, device=device)
-        tokenizer = _read_tokenizer(name, place, where)
+        tokenizer = read_tokenizer(name, place, where)
     # Without the added special tokens: for some GGUF files transformers adds one that the model never had.
     if tokenizer.vocab_size > vocabulary_size(model):
         raise ModelError(
@@ -167,7 +167,7 @@ def _four_bit(name: str, where: dict[str, Any], dtype: torch.dtype, device: torc
     )
 
 
-def _read_tokenizer(name: str, place: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str, place: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Read a fast tokenizer; the slow ones give no offsets and take minutes on a graph's texts."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **where)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from pykalm.config import Config, load_config
-from pykalm.errors import KalmError, RunError
-from pykalm.files import recover_folder, replace_file, replace_folder
+from pykalm.config import Config, TextSettings, load_config
+from pykalm.errors import ConfigError, KalmError, RunError
+from pykalm.files import recover_folder, replace_file
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
@@ -31,6 +31,9 @@ from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
 FORMAT = 1
+ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, "model_fingerprint": str,
+             "graph_fingerprint": str}  # fmt: skip
+"""What alignment.json must hold to be used, besides what is there for the reader."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +66,8 @@ class Run:
             "graph_fingerprint": self.graph.fingerprint(),
             **facts,
         }
-
-        def fill(folder: Path) -> None:
-            save_adapter(self.encoder.model, folder)
-            (folder / "alignment.json").write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
-
-        replace_folder(self.adapter_folder, fill)
+        notes = {"alignment.json": json.dumps(alignment, indent=2) + "\n"}
+        save_adapter(self.encoder.model, self.adapter_folder, notes=notes)
 
 
 def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
@@ -141,6 +140,11 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
     path = Path(path)
     alignment = read_alignment(path)
     config = read_run_config(path)
+    if config.text != TextSettings(**alignment["text"]):
+        raise RunError(
+            f"{path / 'config.yaml'}: wanted the text settings of the training, {alignment['text']}, found others. "
+            "Restore them: a model is asked with the texts that it was trained on."
+        )
     if graph is None:
         graph = _graph_of(path, config, alignment)
     language_model = load_base(config, device=device)
@@ -185,13 +189,15 @@ def read_alignment(path: Path) -> dict[str, Any]:
     try:
         alignment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = alignment["format"]
-        missing = {"log_inverse_temperature", "templates", "model_fingerprint", "graph_fingerprint"} - alignment.keys()
-    except (ValueError, KeyError, TypeError) as error:
+        if found != FORMAT:
+            raise RunError(f"{file}: wanted format {FORMAT}, found {found}. Use the version of kalm that made this run.")
+        wrong = [key for key, kind in ALIGNMENT.items() if not isinstance(alignment.get(key), kind)]
+        if wrong or not math.isfinite(alignment["log_inverse_temperature"]):
+            raise ValueError(f"{', '.join(wrong) or 'log_inverse_temperature'} missing or wrong")
+        Templates.from_dict(alignment["templates"])
+        TextSettings(**alignment["text"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{file}: damaged: {error}. Restore it from a copy, or train again.") from error
-    if found != FORMAT:
-        raise RunError(f"{file}: wanted format {FORMAT}, found {found}. Use the version of kalm that made this run.")
-    if missing or not math.isfinite(alignment["log_inverse_temperature"]):
-        raise RunError(f"{file}: damaged: {sorted(missing) or 'temperature'}. Restore it from a copy, or train again.")
     return alignment
 
 

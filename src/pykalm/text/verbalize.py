@@ -83,7 +83,8 @@ class Verbalizer:
         """Return D(e): name and description in the wording of the run, or the name alone."""
         if not (description and self.settings.descriptions):
             return name
-        return self.templates.entity.replace("{name}", name, 1).replace("{description}", description, 1)
+        fields = {"name": name, "description": description, "": ""}
+        return "".join(literal + fields[field] for literal, field in parts(self.templates.entity))
 
     def end_token_id(self) -> int:
         """Return the token that ends an answer; raises ModelError when the tokenizer has none."""
@@ -128,7 +129,8 @@ class Verbalizer:
         if (kind, space) not in self._cache:
             texts, limit = self._texts(kind)
             self._cache[kind, space] = self._tokenize((space + text for text in texts), limit=limit)
-        return self._cache[kind, space][value]
+        tokens: TokenIds = self._cache[kind, space][value]
+        return tokens
 
     def _texts(self, kind: str) -> tuple[Iterable[str], int]:
         """Return all texts of a kind, in the order of their numbers, and the tokens that each may have."""
