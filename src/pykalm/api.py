@@ -12,7 +12,7 @@ from pykalm.config import Config, load_config
 from pykalm.errors import ConfigError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
-from pykalm.files import recover_folder
+from pykalm.files import only_writer, recover_folder
 from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
 from pykalm.graph.check import GraphCheck, check_graph
 from pykalm.graph.graph import KnowledgeGraph
@@ -53,8 +53,9 @@ def train(
     source = graph.name if isinstance(graph, KnowledgeGraph) else str(graph) if graph is not None else None
     config = _resolve(config, {"graph": source, "model": model, **(settings or {})}, out if resume else None)
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
-    run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
-    _trainer(run, watch).run()
+    with only_writer(out):
+        run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
+        _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
 
 

@@ -19,7 +19,7 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from pykalm.config import Config
-from pykalm.errors import TrainingError
+from pykalm.errors import ModelError, TrainingError
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
 from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
 from pykalm.learn.step import StepLoss, joint_gradient
@@ -77,14 +77,13 @@ class Trainer:
         Raises TrainingError on a loss or gradient that is no number, and when memory runs out; KeyboardInterrupt after
         a Ctrl-C, once the step is done and saved.
         """
-        accelerator, training = _accelerator(self.config, self.folder), self.config.training
-        parameters = self.encoder.trainable()
-        optimizer = accelerator.prepare(_optimizer(parameters, self.config))
-        progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
-        metrics, speed = MetricsLog(self.folder, step=progress.step), _Speed()
+        training, parameters = self.config.training, self.encoder.trainable()
         evaluate_every = training.evaluate_every or self.order.steps_per_epoch
-        self.encoder.train()
-        with _one_interrupt() as interrupted, _explained_memory():
+        with _accelerator(self.config, self.folder) as accelerator, _one_interrupt() as interrupted, _explained_memory():
+            optimizer = accelerator.prepare(_optimizer(parameters, self.config))
+            progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
+            metrics, speed = MetricsLog(self.folder, step=progress.step), _Speed()
+            self.encoder.train()
             while progress.step < self.num_steps and not progress.finished:
                 speed.start()
                 step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
@@ -106,17 +105,20 @@ class Trainer:
                 report = self._report(progress, batch, loss, float(norm), rate, speed, mrr)
                 metrics.write(**vars(report))
                 accelerator.log({name: value for name, value in vars(report).items() if value is not None}, step=step)
-                if due or (training.save_every and progress.step % training.save_every == 0) or interrupted.is_set():
+                stopped = interrupted.is_set()  # asked once: an interrupt after the save is for the next step
+                if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
                     save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
                 self.watch(report)
-                if interrupted.is_set():
+                if stopped:
                     raise KeyboardInterrupt
-        accelerator.end_training()
         return progress
 
     def _evaluate(self, progress: Progress) -> float | None:
         """Evaluate on valid; keep the weights when they are the best so far, or the last where there is no valid."""
-        mrr = self.validate() if self.validate else None
+        try:
+            mrr = self.validate() if self.validate else None
+        except ModelError as error:
+            raise TrainingError(f"step {progress.step}: {error} {_advice(progress)}") from error
         self.encoder.train()
         if mrr is None or progress.best_mrr is None or mrr > progress.best_mrr:
             progress.best_mrr, progress.best_step, progress.waited = mrr, progress.step, 0
@@ -171,8 +173,12 @@ def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.opt
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.training.learning_rate)
 
 
-def _accelerator(config: Config, folder: Path) -> Accelerator:
-    """Return accelerate's hand on device, clipping and trackers; precision is the encoder's own."""
+@contextlib.contextmanager
+def _accelerator(config: Config, folder: Path) -> Iterator[Accelerator]:
+    """Yield accelerate's hand on device, clipping and trackers, which are closed at the end, whatever it is.
+
+    Precision is the encoder's own. Raises TrainingError for a tracker whose package is not there.
+    """
     device = config.training.device
     trackers = list(config.training.trackers)
     # accelerate leaves out, without a word, those whose package is not there.
@@ -184,18 +190,25 @@ def _accelerator(config: Config, folder: Path) -> Accelerator:
     accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))
     if trackers:
         accelerator.init_trackers("kalm", config={"settings": config.to_yaml()})
-    return accelerator
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
 
 
 def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress) -> None:
     """Raise TrainingError before a step that would spoil the weights."""
     if math.isfinite(loss.total) and math.isfinite(norm):
         return
-    kept = "nothing was saved yet" if progress.best_step is None else f"the checkpoint of step {progress.best_step} is whole"
     raise TrainingError(
         f"step {step + 1}: wanted a finite loss, found loss {loss.total} (explicit {loss.explicit}, implicit "
-        f"{loss.implicit}) and gradient norm {norm}. Lower training.learning_rate or raise training.warmup_share; {kept}."
+        f"{loss.implicit}) and gradient norm {norm}. {_advice(progress)}"
     )
+
+
+def _advice(progress: Progress) -> str:
+    kept = "nothing was saved yet" if progress.best_step is None else f"the checkpoint of step {progress.best_step} is whole"
+    return f"Lower training.learning_rate or raise training.warmup_share in a new run; {kept}."
 
 
 @contextlib.contextmanager
