@@ -7,6 +7,7 @@ import torch
 
 from pykalm.errors import ModelError
 from pykalm.model.encoder import Encoder
+from pykalm.model.pretrained import vocabulary_size
 from pykalm.text.trie import TokenIds
 from pykalm.text.verbalize import Verbalizer
 
@@ -54,6 +55,26 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
         )  # fmt: skip
 
 
+@torch.no_grad()
+def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
+    """Raise ModelError where the logits that L_imp is computed from are not those that the model itself gives.
+
+    Some families scale or bend their logits after the output head; one that does so in a way unknown here must not be
+    trained on something else than it generates from.
+    """
+    text = torch.from_numpy(verbalizer.prompt(0, 0))[None].to(encoder.device)
+    enabled = encoder.compute_dtype == torch.bfloat16
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
+        own = encoder.causal_lm(input_ids=text, use_cache=False).logits[0].float()
+        states = encoder.causal_lm.base_model(input_ids=text, use_cache=False)[0][0]
+    difference = float((encoder.logits(states) - own).abs().max() / own.abs().max().clamp_min(1e-6))
+    if not difference < TOLERANCE[encoder.compute_dtype]:
+        raise ModelError(
+            f"{type(encoder.causal_lm).__name__} changes its logits after the output head in a way that kalm does not know "
+            f"(they differ by {difference:.2g} of the largest). Train with objective.implicit=false, or report the model."
+        )
+
+
 def _sample_texts(verbalizer: Verbalizer) -> list[TokenIds]:
     """Return queries, candidates and completions of a few triples, spread over the graph."""
     graph = verbalizer.graph
@@ -69,7 +90,7 @@ def _sample_texts(verbalizer: Verbalizer) -> list[TokenIds]:
 
 def _require_room(encoder: Encoder, texts: list[TokenIds]) -> None:
     """Raise ModelError where texts have tokens that the model does not know, as with a tokenizer of another model."""
-    largest, known = max(int(text.max()) for text in texts), int(encoder.causal_lm.config.vocab_size)
+    largest, known = max(int(text.max()) for text in texts), vocabulary_size(encoder.causal_lm)
     if largest >= known:
         raise ModelError(
             f"{type(encoder.causal_lm).__name__}: wanted token ids below {known}, found {largest}. The tokenizer does not "

@@ -26,7 +26,7 @@ from pykalm.graph.graph import KnowledgeGraph
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
-from pykalm.model.packing import choose_passes
+from pykalm.model.packing import choose_passes, require_own_logits
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
@@ -80,6 +80,8 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     graph.require_trainable()
     language_model = load_base(config)
     run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
+    if config.objective.implicit:
+        require_own_logits(run.encoder, run.verbalizer)
     replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     return run
 
