@@ -63,10 +63,11 @@ def recover_folder(target: Path) -> None:
             old.rename(target)
 
 
-def remove_drafts(target: Path) -> None:
-    """Remove what killed processes left of `replace_file`; only where no other process can be writing the target."""
-    for draft in target.parent.glob(f".{target.name}-*"):
-        draft.unlink(missing_ok=True)
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of `replace_file` in a folder that no other process can be writing to."""
+    for draft in folder.glob(".*-*"):
+        if draft.is_file():
+            draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -80,6 +81,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle, folder)
+        remove_drafts(folder)
         yield
     finally:
         os.close(handle)

@@ -59,7 +59,7 @@ def load_state(
     Raises RunError where the file is damaged, or graph, model or texts are not those that it was saved with.
     """
     file = run_folder / STATE_FILE
-    remove_drafts(file)
+    remove_drafts(file.parent)
     if not file.is_file():
         return Progress()
     try:
