@@ -144,7 +144,8 @@ def train(
         with show_progress("training") as watch:
             run = pykalm.train(out=out, config=settings, resume=resume, watch=watch_training(watch))
     except KeyboardInterrupt:
-        say(f"What was learned is saved. Go on with: kalm train --out {out} --resume")
+        if kept.is_file():
+            say(f"What was learned is saved. Go on with: kalm train --out {out} --resume")
         raise
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")
     print_json({"run": str(run.path)}) if as_json else None

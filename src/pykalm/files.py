@@ -105,9 +105,18 @@ def explain_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        # torch hides what the system said behind an error of its own.
+        cause = next((link for link in _chain(error) if isinstance(link, OSError)), error)
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause)
         remedy = "Free some space" if full else "Check the folder and its rights"
-        raise TrainingError(f"{target}: cannot save: {error}. {remedy}; what was saved before is whole.") from error
+        raise TrainingError(f"{target}: cannot save: {cause}. {remedy}; what was saved before is whole.") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _flush(file: Path) -> None:

@@ -48,7 +48,12 @@ def save_state(
         "progress": asdict(progress),
         "fingerprints": fingerprints,
     }
-    replace_file(run_folder / STATE_FILE, lambda file: torch.save(state, file))
+    replace_file(run_folder / STATE_FILE, lambda file: _write(state, file))
+
+
+def _write(state: dict[str, Any], file: Path) -> None:
+    with file.open("wb") as handle:  # given a path, torch would not say why it cannot write
+        torch.save(state, handle)
 
 
 def load_state(

@@ -104,7 +104,7 @@ class Trainer:
                 mrr = self._evaluate(progress) if due else None
                 report = self._report(progress, batch, loss, float(norm), rate, speed, mrr)
                 metrics.write(**vars(report))
-                accelerator.log({name: value for name, value in vars(report).items() if value is not None}, step=step)
+                accelerator.log({key: value for key, value in vars(report).items() if value is not None}, step=progress.step)
                 stopped = interrupted.is_set()  # asked once: an interrupt after the save is for the next step
                 if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
                     save_state(self.folder, parameters, optimizer, progress, self.fingerprints)

@@ -49,7 +49,7 @@ def add_adapter(
     names = find_targets(model, targets)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_alpha=float(alpha),  # type: ignore[arg-type]  # annotated int, used as a factor
         lora_dropout=dropout,
         target_modules=names,
         task_type=TaskType.CAUSAL_LM,

@@ -1,0 +1,278 @@
+"""Claims about trainings that stop early: Ctrl-C, a polite kill, no number, no memory, no room on the disk."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pykalm import api, cli
+from pykalm.errors import ModelError, TrainingError
+from pykalm.learn import state
+from pykalm.learn import train as train_module
+from pykalm.learn.state import METRICS_FILE, STATE_FILE, read_metrics
+from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.model import packing
+from pykalm.model.run import Run, load_run
+from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.learn.workshop import SETTINGS, as_options, learned, leftovers, require_same_training, start
+
+Train = Callable[..., Run]
+
+
+def resume(run: Path) -> Run:
+    return api.train(tiny_graph(), out=run, resume=True)
+
+
+def at_step(number: int, act: Callable[[], object]) -> Callable[[Any], None]:
+    """Return a watcher that acts when it is told of a step."""
+    return lambda report: act() if report.step == number else None  # type: ignore[func-returns-value]
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_saves_and_a_resumed_run_ends_with_the_same_bits(
+    number: signal.Signals, model: str, graph_folder: Path, tmp_path: Path
+) -> None:
+    """Sent when the third step is done; nothing else would have saved before the sixth."""
+    settings = {**SETTINGS, "training.save_every": 0, "training.max_steps": 12}
+    given = ["--graph", str(graph_folder), "--model", model, *as_options(settings)]
+    run, whole, log = tmp_path / "run", tmp_path / "whole", tmp_path / "log"
+    command = [sys.executable, "-m", "pykalm.cli", "train", "--out", str(run), *given]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        while process.poll() is None and len(read_metrics(run)) < 3:
+            time.sleep(0.002)
+        process.send_signal(number)
+        assert process.wait(60) == 130, log.read_text(encoding="utf-8")
+    assert f"Go on with: kalm train --out {run} --resume" in log.read_text(encoding="utf-8")
+    saved = torch.load(run / STATE_FILE, weights_only=True)["progress"]["step"]
+    assert 3 <= saved == read_metrics(run)[-1]["step"] < 12
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 0
+    assert cli.main(["train", "--out", str(whole), *given]) == 0
+    require_same_training(run, whole)
+
+
+def test_an_interrupt_after_a_save_waits_for_the_next_step_and_its_save(train: Train, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        train(watch=at_step(3, interrupt), training__save_every=0, training__evaluate_every=100)
+    assert torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)["progress"]["step"] == 4
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_interrupt_stops_at_once(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(watch=at_step(3, lambda: (interrupt(), interrupt())))
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+def test_an_interrupt_before_anything_is_saved_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, graph_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(api, "new_run", lambda *_: interrupt())
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--model", model, "--graph", str(graph_folder)]) == 130
+    assert "saved" not in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_works_beside_the_main_thread(train: Train) -> None:
+    """As in a notebook server, where signals cannot be caught."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            train()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failed == []
+
+
+@contextlib.contextmanager
+def spoilt_step(monkeypatch: pytest.MonkeyPatch, number: int, spoil: Callable[[StepLoss], StepLoss]) -> Iterator[None]:
+    """Let the step of a number, and those after it, go wrong."""
+    count = 0
+
+    def wrong(*arguments: Any, **options: Any) -> StepLoss:
+        nonlocal count
+        count += 1
+        loss = joint_gradient(*arguments, **options)
+        return loss if count < number else spoil(loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "joint_gradient", wrong)
+        yield
+
+
+@pytest.mark.parametrize("found", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(
+    found: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", train("whole").path
+    message = rf"step 4: wanted a finite loss, found loss {found}.*learning_rate.*checkpoint of step \d is whole"
+    with (
+        spoilt_step(monkeypatch, 4, lambda loss: StepLoss(found, found, 0.0)),
+        pytest.raises(TrainingError, match=message),
+    ):
+        train()
+    assert len(read_metrics(run)) == 3
+    assert all(tensor.isfinite().all() for tensor in learned(run).values())
+    load_run(run, graph=tiny_graph())
+    resume(run)
+    require_same_training(run, whole)
+
+
+def test_a_gradient_that_is_no_number_stops_too(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = train_module.Accelerator.clip_grad_norm_
+    monkeypatch.setattr(train_module.Accelerator, "clip_grad_norm_", lambda *given: clip(*given) * math.nan)
+    with pytest.raises(TrainingError, match="step 1: .*gradient norm nan.*nothing was saved yet"):
+        train()
+
+
+def test_a_learning_rate_that_is_far_too_high_is_named_as_the_cause(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="Lower training.learning_rate"):
+        train(training__learning_rate=1e30, training__warmup_share=0, training__epochs=20)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes."),
+    ],
+)
+def test_out_of_memory_says_which_settings_to_lower(
+    error: Exception, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(loss: StepLoss) -> StepLoss:
+        raise error
+
+    with (
+        spoilt_step(monkeypatch, 3, refuse),
+        pytest.raises(TrainingError, match=r"out of memory: \w.*training.memory_tokens.*training.chunk_tokens"),
+    ):
+        train()
+    resume(tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(loss: StepLoss) -> StepLoss:
+        raise RuntimeError("shapes differ")
+
+    with spoilt_step(monkeypatch, 1, refuse), pytest.raises(RuntimeError, match="shapes differ"):
+        train()
+
+
+def test_out_of_memory_is_not_taken_for_a_model_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packing, "packed_difference", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        packing.choose_passes(tiny_encoder(), tiny_verbalizer(tiny_graph()))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call"),
+    [
+        (torch, "save", 3),
+        (os, "replace", 5),
+        (os, "fsync", 9),
+        (Path, "rename", 2),
+        (Path, "rename", 3),
+    ],
+)
+def test_a_full_disk_leaves_the_previous_save_whole(
+    place: Any, name: str, call: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the n-th call of a function; with room again, the run goes on to the same bits."""
+    run, whole = tmp_path / "run", train("whole").path
+    right, count = getattr(place, name), 0
+
+    def until_full(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, until_full)
+        with pytest.raises(
+            TrainingError, match=r"No space left on device. Free some space; what was saved before is whole"
+        ):
+            train()
+    assert leftovers(run) == []
+    load_run(run, graph=tiny_graph())
+    assert torch.load(run / STATE_FILE, weights_only=True)["progress"]["step"] >= 1
+    resume(run)
+    require_same_training(run, whole)
+
+
+def test_a_full_disk_while_metrics_are_written_is_said(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullJson:
+        @staticmethod
+        def dumps(value: Any) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "json", FullJson)
+    with pytest.raises(TrainingError, match=rf"{METRICS_FILE}: cannot save.*Free some space"):
+        train()
+
+
+def only_small_files() -> None:
+    """Let no file of this process grow beyond 20 kB: a write fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_write_that_truly_fails_is_one_message(model: str, graph_folder: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["train", "--out", str(run), "--graph", str(graph_folder), "--model", model, *as_options(SETTINGS)]
+    process = start(arguments, log, only_small_files)
+    process.join(60)
+    printed = log.read_text(encoding="utf-8")
+    assert process.exitcode == 1
+    assert "latest.pt: cannot save: [Errno 27] File too large" in printed
+    assert "what was saved before is whole" in printed
+    assert "Traceback" not in printed
+    assert leftovers(run) == []
+    assert cli.main(["train", "--out", str(run), "--resume", "--json"]) == 0
+    assert json.loads((run / "adapter" / "alignment.json").read_text(encoding="utf-8"))["format"] == 1
+
+
+def test_an_evaluation_out_of_memory_keeps_what_was_saved(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(api, "_validation", lambda run: refuse)
+    with pytest.raises(TrainingError, match="out of memory: allocation refused"):
+        train(training__evaluate_every=3)
+    assert torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)["progress"]["step"] == 2
+
+
+def test_a_model_that_cannot_be_had_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        api.train(tiny_graph(), out=tmp_path / "run", model=str(tmp_path / "nothing.gguf"))
+    assert not (tmp_path / "run").exists()
