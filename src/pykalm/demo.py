@@ -16,11 +16,11 @@ from pykalm.terminal import print_table, say
 # Names alone: the model knows what France is, and a text of three tokens leaves time for more epochs.
 SETTINGS = {
     "text.descriptions": False,
-    "training.epochs": 6,
+    "training.epochs": 4,
     "training.batch_size": 64,
     "training.row_tokens": 256,
     "training.learning_rate": 2e-3,
-    "training.evaluate_every": 88,
+    "training.evaluate_every": 44,
 }
 # Relation, head, tail; what is None is asked.
 QUESTIONS = (
