@@ -45,7 +45,7 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_real_signal_saves_and_a_resumed_run_ends_with_the_same_bits(
     number: signal.Signals, model: str, graph_folder: Path, tmp_path: Path
 ) -> None:
@@ -144,12 +144,12 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(
 def test_a_gradient_that_is_no_number_stops_too(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = train_module.Accelerator.clip_grad_norm_
     monkeypatch.setattr(train_module.Accelerator, "clip_grad_norm_", lambda *given: clip(*given) * math.nan)
-    with pytest.raises(TrainingError, match="step 1: .*gradient norm nan.*nothing was saved yet"):
+    with pytest.raises(TrainingError, match=r"step 1: .*gradient norm nan.*nothing was saved yet"):
         train()
 
 
 def test_a_learning_rate_that_is_far_too_high_is_named_as_the_cause(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="Lower training.learning_rate"):
+    with pytest.raises(TrainingError, match=r"Lower training\.learning_rate"):
         train(training__learning_rate=1e30, training__warmup_share=0, training__epochs=20)
 
 

@@ -1,0 +1,101 @@
+"""Claims about the folder of a run: one writer at a time, rights, places that cannot be written to."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pykalm import api, cli
+from pykalm.errors import RunError, TrainingError
+from pykalm.files import only_writer, replace_file, replace_folder
+from pykalm.learn.state import read_metrics
+from tests.laws.common import tiny_graph
+from tests.learn.workshop import SETTINGS, as_options, learned, start
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    model: str, graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused, before and after the first has written its settings; the first goes on."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    given = ["train", "--out", str(run), "--graph", str(graph_folder), "--model", model]
+    options = as_options({**SETTINGS, "training.epochs": 100, "training.max_steps": 60, "training.evaluate_every": 50})
+    first = start([*given, *options], log)
+    while not read_metrics(run) and first.is_alive():
+        time.sleep(0.01)
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 1
+    assert "another training at work" in capsys.readouterr().err
+    assert first.is_alive(), log.read_text(encoding="utf-8")
+    first.join(120)
+    assert first.exitcode == 0
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
+
+
+def test_a_folder_has_one_writer_until_it_lets_go(tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path / "run"),
+        pytest.raises(RunError, match="another training"),
+        only_writer(tmp_path / "run"),
+    ):
+        pass
+    with only_writer(tmp_path / "run"):
+        (tmp_path / "run" / "kept").touch()
+    assert (tmp_path / "run" / "kept").exists()
+
+
+def test_drafts_of_killed_processes_are_removed_by_the_next_writer(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml-123").touch()
+    (tmp_path / "config.yaml").touch()
+    with only_writer(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_place_that_cannot_be_written_to_is_said_before_the_model_is_loaded(
+    place: str, model: str, graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    given = ["--graph", str(graph_folder), "--model", model]
+    assert cli.main(["train", "--out", str(tmp_path / place), *given]) == 1
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / place}: cannot save" in printed
+    assert "Check the folder and its rights" in printed
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_rights_is_said(model: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(TrainingError, match="Permission denied"):
+        api.train(tiny_graph(), out=tmp_path / "run", model=model)
+
+
+def test_what_others_may_read_they_may_read_all(model: str, tmp_path: Path) -> None:
+    """The weights have the rights of the files beside them: a run can be used by a group."""
+    settings = {**SETTINGS, "training.max_steps": 1}
+    run = api.train(tiny_graph(), out=tmp_path / "run", model=model, settings=settings)
+    api.open_index(run)
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {path.name: path.stat().st_mode for path in run.path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, plain.stat().st_mode)
+    assert learned(run.path)
+
+
+def fail(_: Path) -> Any:
+    raise OSError("nothing works")
+
+
+def test_a_failed_write_leaves_file_and_folder_as_they_were(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    replace_file(file, lambda path: path.write_text("old", encoding="utf-8"))
+    replace_folder(folder, lambda path: (path / "inner").write_text("old", encoding="utf-8"))
+    for target, replace in ((file, replace_file), (folder, replace_folder)):
+        with pytest.raises(TrainingError, match=f"{target}: cannot save: nothing works. Check the folder"):
+            replace(target, fail)
+    assert file.read_text(encoding="utf-8") == (folder / "inner").read_text(encoding="utf-8") == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    replace_folder(folder, lambda path: (path / "other").write_text("new", encoding="utf-8"))
+    assert [path.name for path in folder.iterdir()] == ["other"]
