@@ -1,0 +1,124 @@
+"""Claims about batches: which triples a step sees, in which order, what is completed and what is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pykalm.graph.known import known_answers
+from pykalm.learn.batches import BatchBuilder, TripleOrder, inverse
+from pykalm.text.trie import IntArray
+from tests.laws.common import build_batch, tiny_encoder, tiny_graph, tiny_verbalizer
+
+
+def rows(triples: IntArray) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in triples.tolist()]
+
+
+def numbered(count: int) -> IntArray:
+    """Return triples that are told apart by their head."""
+    return np.stack([np.arange(count), np.zeros(count, int), np.arange(count) + 1], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "steps", "last"), [(10, 4, 3, 2), (8, 4, 2, 4), (3, 9, 1, 3), (5, 1, 5, 1)]
+)
+def test_an_epoch_sees_every_triple_once(count: int, batch_size: int, steps: int, last: int) -> None:
+    order = TripleOrder(numbered(count), batch_size, seed=1)
+    assert order.steps_per_epoch == steps
+    for epoch in range(3):
+        batches = [order.at(step) for step in range(epoch * steps, (epoch + 1) * steps)]
+        assert [len(batch) for batch in batches] == [batch_size] * (steps - 1) + [last]
+        assert sorted(np.concatenate(batches)[:, 0].tolist()) == list(range(count))
+
+
+def test_the_order_is_a_function_of_seed_and_step_and_changes_each_epoch() -> None:
+    def epoch(number: int, seed: int) -> list[tuple[int, ...]]:
+        order = TripleOrder(numbered(20), 8, seed=seed)
+        return rows(np.concatenate([order.at(step) for step in range(3 * number, 3 * number + 3)]))
+
+    assert epoch(0, seed=1) == epoch(0, seed=1)
+    assert epoch(2, seed=1) == epoch(2, seed=1)
+    assert len({tuple(epoch(number, seed)) for number in range(3) for seed in range(3)}) == 9
+
+
+def test_inverse_rows_are_told_from_forward_ones() -> None:
+    assert rows(inverse(np.array([[5, 1, 7], [2, 0, 2]]), num_relations=3)) == [(7, 4, 5), (2, 3, 2)]
+
+
+def builder(share: float, *, explicit: bool = True) -> BatchBuilder:
+    verbalizer = tiny_verbalizer(tiny_graph())
+    known = known_answers(verbalizer.graph, ["train"])
+    return BatchBuilder(
+        verbalizer.graph, verbalizer, known, tiny_encoder().lay_out, explicit=explicit, completion_share=share
+    )
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.5, 3), (0.75, 4), (1.0, 6)])
+def test_completions_are_drawn_from_the_batch_each_triple_at_most_once(share: float, count: int) -> None:
+    """Six triples; in some draw each direction occurs, and never both of one triple."""
+    graph = tiny_graph()
+    triples = graph.triples("train")
+    directed = np.concatenate([triples, inverse(triples, 2)])
+    directions = set()
+    for seed in range(20):
+        drawn = builder(share)._draw_completions(directed, np.random.default_rng(seed))
+        assert len(drawn) == count
+        forward = [(t, r - 2, h) if r >= 2 else (h, r, t) for h, r, t in rows(drawn)]
+        assert len(set(forward)) == count
+        assert set(forward) <= set(rows(triples))
+        directions |= {r >= 2 for _, r, _ in rows(drawn)}
+    assert directions == ({False, True} if count else set())
+
+
+def test_the_same_seed_draws_the_same_batch() -> None:
+    triples = tiny_graph().triples("train")
+    one, same, other = (builder(0.5).build(triples, np.random.default_rng(seed)) for seed in (4, 4, 5))
+    assert np.array_equal(one.trie.token_ids, same.trie.token_ids)
+    assert np.array_equal(one.answer_tokens, same.answer_tokens)
+    assert not np.array_equal(one.answer_tokens, other.answer_tokens)
+
+
+def test_answers_are_predicted_from_the_node_before_them() -> None:
+    """Spell every answer of the trie: prompt, then what follows it, then the end token."""
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+    batch = build_batch(encoder, verbalizer)
+    graph, decode = verbalizer.graph, verbalizer.tokenizer.decode
+    answers = decode(batch.answer_tokens).split("</s>")[:-1]
+    assert len(answers) == 6
+    assert {answer.strip() for answer in answers} <= set(graph.entity_names)
+    for node, token in zip(batch.answer_nodes, batch.answer_tokens, strict=True):
+        children = np.flatnonzero(batch.trie.depths == batch.trie.depths[node] + 1)
+        children = children[(children > node) & (children < batch.trie.ends[node])]
+        # The end token itself is a leaf of its text, so it need not be the token of a node below.
+        assert token in batch.trie.token_ids[children]
+
+
+def test_without_the_contrast_only_completions_are_read() -> None:
+    batch = builder(1.0, explicit=False).build(tiny_graph().triples("train"), np.random.default_rng(0))
+    assert len(batch.query_nodes) == len(batch.candidate_nodes) == len(batch.positives) == 0
+    assert batch.known.shape == (0, 0)
+    assert len(batch.trie.lengths) == batch.num_triples == 6
+
+
+def test_entities_with_the_same_text_are_one_candidate_known_when_any_is() -> None:
+    """bo and cy get one text: what is known of either is known of the text, and a positive pair counts once."""
+    graph = dataclasses.replace(
+        tiny_graph(), entity_names=("ada", "x", "bo", "bo", "dan", "eve"), entity_descriptions=("",) * 6
+    )
+    verbalizer = tiny_verbalizer(graph)
+    batch = build_batch(
+        tiny_encoder(), verbalizer
+    )  # ada knows bo, ada knows cy, dan knows bo, bo likes cy, cy likes bo
+    decode, paths = verbalizer.tokenizer.decode, batch.trie.paths
+    text = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in paths}
+    queries, candidates = (
+        [text[node] for node in nodes] for nodes in (batch.query_nodes.tolist(), batch.candidate_nodes.tolist())
+    )
+    assert len(set(candidates)) == len(candidates) == 5
+    known = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.known)}
+    both_ways = verbalizer.graph.both_directions("train")
+    assert known == {(decode(verbalizer.query(h, r)), decode(verbalizer.candidate(t))) for h, r, t in both_ways}
+    positives = {(queries[i], candidates[j]) for i, j in batch.positives}
+    assert len(positives) == len(batch.positives)
+    assert positives == known
