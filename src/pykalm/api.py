@@ -187,7 +187,7 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
     return Trainer(
         run.encoder,
         builder,
-        TripleOrder(graph.triples("train"), config.training.batch_size, config.seed),
+        TripleOrder(graph.triples("train"), config.training.batch_size, config.seed, config.training.batching),
         config,
         run.path,
         save_best=lambda progress: run.save_aligned(step=progress.step, valid_mrr=progress.best_mrr),

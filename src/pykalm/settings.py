@@ -92,6 +92,11 @@ class TrainingSettings(Settings):
     epochs: float = Field(10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20).")
     max_steps: Positive | None = Field(None, description="Ends training after so many optimiser steps, if sooner.")
     batch_size: Positive = Field(128, description="Triples per step; both directions of each are trained.")
+    batching: Literal["random", "neighbourhood"] = Field(
+        "random",
+        description="Which triples share a step: drawn at random, or connected pieces of the graph, whose texts share more"
+        " (less to compute) and whose entities are harder negatives.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest learning rate (paper: 1e-4).")
     weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay (paper: 0.001).")
     schedule: Literal["cosine", "linear", "constant"] = Field(

@@ -1,13 +1,14 @@
 """Batches: which triples a step learns from, and the trie, positives and masks that follow from them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import KnownAnswers
+from pykalm.learn.orders import ORDERS
 from pykalm.text.trie import IntArray, TokenIds, TokenTrie
 from pykalm.text.verbalize import Verbalizer
 
@@ -33,14 +34,17 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class TripleOrder:
-    """Say which training triples step k learns from: a new permutation each epoch, a function of seed and step alone.
+    """Say which training triples step k learns from: every one once an epoch, a function of seed and step alone.
 
-    triples (N, 3). The last batch of an epoch may be short. Nothing to save: a resumed run asks for its step.
+    triples (N, 3); batching: a name of ORDERS. The last batch of an epoch may be short. Nothing to save: a resumed run
+    asks for its step.
     """
 
     triples: IntArray
     batch_size: int
     seed: int
+    batching: str = "random"
+    _epochs: dict[int, IntArray] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,9 +54,16 @@ class TripleOrder:
     def at(self, step: int) -> IntArray:
         """Return the triples (at most batch_size, 3) of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.triples))
-        chosen: IntArray = self.triples[order[place * self.batch_size : (place + 1) * self.batch_size]]
+        chosen: IntArray = self.triples[self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
         return chosen
+
+    def _epoch(self, epoch: int) -> IntArray:
+        """Return the order of an epoch, kept until another one is asked for."""
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            generator = np.random.default_rng([self.seed, epoch])
+            self._epochs[epoch] = ORDERS[self.batching](self.triples, generator, self.batch_size)
+        return self._epochs[epoch]
 
 
 @dataclass(frozen=True, eq=False)
