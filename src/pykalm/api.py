@@ -12,14 +12,14 @@ from pykalm.config import Config, load_config
 from pykalm.errors import ConfigError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
-from pykalm.files import only_writer, recover_folder
+from pykalm.files import only_writer, recover_folder, replace_file
 from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
 from pykalm.graph.check import GraphCheck, check_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
-from pykalm.learn.train import StepReport, Trainer
+from pykalm.learn.train import StepReport, Trainer, require_trackers
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.load import load_tokenizer
@@ -31,6 +31,9 @@ __all__ = [
     "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "check_data",
     "evaluate_links", "fetch_data", "list_data", "load_graph", "load_run", "predict", "train",
 ]  # fmt: skip
+
+FREE = ("training.memory_tokens", "training.chunk_tokens", "training.save_every", "training.device", "training.trackers")
+"""Settings that say how a training is computed, not what is learned: a run may go on with others."""
 
 
 def train(
@@ -53,6 +56,7 @@ def train(
     source = graph.name if isinstance(graph, KnowledgeGraph) else str(graph) if graph is not None else None
     config = _resolve(config, {"graph": source, "model": model, **(settings or {})}, out if resume else None)
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
+    require_trackers(config.training.trackers)
     with only_writer(out):
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
         _trainer(run, watch).run()
@@ -149,21 +153,22 @@ def list_data() -> list[GraphEntry]:
 
 
 def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None) -> Config:
-    """Join settings; with `resumed` they are those of that run, and what is given must not differ from them."""
+    """Join settings; with `resumed` they are those of that run, and only what is FREE may differ from them."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if resumed is None:
         return load_config(None, overrides, **(config.model_dump(mode="json") if config else {}))
     saved = read_run_config(resumed)
     wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
-    if wanted != saved:
-        before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
-        changes = [f"{key}: saved {before[key]!r}, found {after[key]!r}" for key in before if before[key] != after[key]]
+    before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    changed = [key for key in before if before[key] != after[key] and key not in FREE]
+    if changed:
+        changes = [f"{key}: saved {before[key]!r}, found {after[key]!r}" for key in changed]
         raise ConfigError(
             f"{resumed}: a run goes on with the settings it began with; wanted no change, found {len(changes)}:\n  "
             + "\n  ".join(changes)
-            + "\nLeave them out, or start a new run."
+            + f"\nLeave them out, or start a new run. Only these may change: {', '.join(FREE)}."
         )
-    return saved
+    return wanted
 
 
 def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
@@ -171,6 +176,8 @@ def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path}: wanted a run to go on with, found none. Start it without --resume.")
     recover_folder(path / "adapter")
+    if config != read_run_config(path):
+        replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pykalm import api, cli
-from pykalm.errors import RunError, TrainingError
+from pykalm.api import StepReport
+from pykalm.errors import ConfigError, RunError, TrainingError
 from pykalm.files import only_writer, replace_file, replace_folder
 from pykalm.learn.state import read_metrics
 from tests.laws.common import tiny_graph
@@ -32,6 +33,26 @@ def test_two_processes_do_not_train_in_one_folder(
     first.join(120)
     assert first.exitcode == 0
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
+
+
+def test_a_run_goes_on_with_other_limits_of_memory_and_keeps_them(model: str, tmp_path: Path) -> None:
+    """As after running out of memory; gradient caching gives the same result, up to rounding."""
+    settings = {**SETTINGS, "adapter.dropout": 0, "training.max_steps": 6, "training.batch_size": 2}
+    whole = api.train(tiny_graph(), out=tmp_path / "whole", model=model, settings=settings)
+
+    def crash(report: StepReport) -> None:
+        if report.step == 2:
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        api.train(tiny_graph(), out=tmp_path / "run", model=model, settings=settings, watch=crash)
+    lower = {"training.memory_tokens": 1, "training.chunk_tokens": 128}
+    run = api.train(tiny_graph(), out=tmp_path / "run", resume=True, settings=lower)
+    assert (run.config.training.memory_tokens, run.config.training.chunk_tokens) == (1, 128)
+    losses = [[line["loss"] for line in read_metrics(path)] for path in (run.path, whole.path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    with pytest.raises(ConfigError, match=r"seed: saved 0, found 1\s.*Only these may change: training\.mem"):
+        api.train(tiny_graph(), out=tmp_path / "run", resume=True, settings={"seed": 1, "training.memory_tokens": 9})
 
 
 def test_a_folder_has_one_writer_until_it_lets_go(tmp_path: Path) -> None:

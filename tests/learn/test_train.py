@@ -182,10 +182,13 @@ def test_metrics_reach_tensorboard_even_when_training_breaks_off(train: Train, t
     assert [event.step for event in seen.Scalars("loss")] == [1, 2, 3]
 
 
-def test_a_tracker_that_is_not_installed_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_module, "get_available_trackers", list)
     with pytest.raises(TrainingError, match=r"wanted tensorboard.*pip install"):
         train(training__trackers=["tensorboard"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,20 +173,23 @@ def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.opt
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.training.learning_rate)
 
 
-@contextlib.contextmanager
-def _accelerator(config: Config, folder: Path) -> Iterator[Accelerator]:
-    """Yield accelerate's hand on device, clipping and trackers, which are closed at the end, whatever it is.
-
-    Precision is the encoder's own. Raises TrainingError for a tracker whose package is not there.
-    """
-    device = config.training.device
-    trackers = list(config.training.trackers)
-    # accelerate leaves out, without a word, those whose package is not there.
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Raise TrainingError for a tracker whose package is not there; accelerate leaves it out without a word."""
     if missing := sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()}):
         raise TrainingError(
             f"training.trackers: wanted {', '.join(missing)}, found no package of that name. "
             "Run `pip install 'pykalm[tracking]'`, or leave it out."
         )
+
+
+@contextlib.contextmanager
+def _accelerator(config: Config, folder: Path) -> Iterator[Accelerator]:
+    """Yield accelerate's hand on device, clipping and trackers, which are closed at the end, whatever it is.
+
+    Precision is the encoder's own.
+    """
+    device = config.training.device
+    trackers = list(config.training.trackers)
     accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))
     if trackers:
         accelerator.init_trackers("kalm", config={"settings": config.to_yaml()})
@@ -253,7 +256,7 @@ def _explained_memory() -> Iterator[None]:
         raise TrainingError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation refused'}. Lower "
             "training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens; the last save "
-            "is whole."
+            "is whole: go on with --resume --set training.memory_tokens=..."
         ) from error
 
 
