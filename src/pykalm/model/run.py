@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pykalm.config import Config, TextSettings, load_config
-from pykalm.errors import ConfigError, KalmError, RunError
+from pykalm.errors import ConfigError, GraphError, KalmError, RunError
 from pykalm.files import recover_folder, replace_file
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
@@ -213,6 +213,9 @@ def require_same(what: str, wanted: str, found: str) -> None:
 
 
 def _graph_of(path: Path, config: Config, alignment: Mapping[str, Any]) -> KnowledgeGraph:
-    graph = load_graph(config.graph)
+    try:
+        graph = load_graph(config.graph)
+    except GraphError as error:
+        raise RunError(f"{path}: its graph cannot be read from {Path.cwd()}, where kalm runs now: {error}") from error
     require_same(f"{path}: graph {config.graph!r}", alignment["graph_fingerprint"], graph.fingerprint())
     return graph
