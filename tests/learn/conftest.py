@@ -27,15 +27,23 @@ def graph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_graph(tmp_path_factory.mktemp("graph"))
 
 
+SIX_STEPS = {**SETTINGS, "training.batch_size": 2, "training.epochs": 2, "training.evaluate_every": 1}
+
+
+@pytest.fixture(scope="session")
+def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an uninterrupted run of what `train` does by itself."""
+    return api.train(tiny_graph(), out=tmp_path_factory.mktemp("whole") / "run", model=model, settings=SIX_STEPS).path
+
+
 @pytest.fixture
 def train(model: str, tmp_path: Path) -> Train:
     """Return a function that trains on the six people (6 triples, 3 steps of 2) in a folder of the test."""
 
     def train_in(name: str = "run", *, graph: Any = None, watch: Any = None, **changes: Any) -> Run:
         settings = {key.replace("__", "."): value for key, value in changes.items()}
-        defaults = {**SETTINGS, "training.batch_size": 2, "training.epochs": 2, "training.evaluate_every": 1}
         return api.train(
-            graph or tiny_graph(), out=tmp_path / name, model=model, settings=defaults | settings, watch=watch
+            graph or tiny_graph(), out=tmp_path / name, model=model, settings=SIX_STEPS | settings, watch=watch
         )
 
     return train_in

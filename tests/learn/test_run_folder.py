@@ -16,6 +16,7 @@ from tests.laws.common import tiny_graph
 from tests.learn.workshop import SETTINGS, as_options, learned, start
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(
     model: str, graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

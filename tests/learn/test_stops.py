@@ -1,11 +1,8 @@
 """Claims about trainings that stop early: Ctrl-C, a polite kill, no number, no memory, no room on the disk."""
 
 import contextlib
-import errno
-import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,14 +17,13 @@ import torch
 
 from pykalm import api, cli
 from pykalm.errors import ModelError, TrainingError
-from pykalm.learn import state
 from pykalm.learn import train as train_module
-from pykalm.learn.state import METRICS_FILE, STATE_FILE, read_metrics
+from pykalm.learn.state import STATE_FILE, read_metrics
 from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model import packing
 from pykalm.model.run import Run, load_run
 from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
-from tests.learn.workshop import SETTINGS, as_options, learned, leftovers, require_same_training, start
+from tests.learn.workshop import SETTINGS, as_options, learned, require_same_training
 
 Train = Callable[..., Run]
 
@@ -45,7 +41,8 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_signal_saves_and_a_resumed_run_ends_with_the_same_bits(
     number: signal.Signals, model: str, graph_folder: Path, tmp_path: Path
 ) -> None:
@@ -125,9 +122,9 @@ def spoilt_step(monkeypatch: pytest.MonkeyPatch, number: int, spoil: Callable[[S
 
 @pytest.mark.parametrize("found", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(
-    found: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: float, train: Train, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, whole = tmp_path / "run", train("whole").path
+    run = tmp_path / "run"
     message = rf"step 4: wanted a finite loss, found loss {found}.*learning_rate.*checkpoint of step \d is whole"
     with (
         spoilt_step(monkeypatch, 4, lambda loss: StepLoss(found, found, 0.0)),
@@ -190,74 +187,6 @@ def test_out_of_memory_is_not_taken_for_a_model_without_masks(monkeypatch: pytes
     monkeypatch.setattr(packing, "packed_difference", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         packing.choose_passes(tiny_encoder(), tiny_verbalizer(tiny_graph()))
-
-
-@pytest.mark.parametrize(
-    ("place", "name", "call"),
-    [
-        (torch, "save", 3),
-        (os, "replace", 5),
-        (os, "fsync", 9),
-        (Path, "rename", 2),
-        (Path, "rename", 3),
-    ],
-)
-def test_a_full_disk_leaves_the_previous_save_whole(
-    place: Any, name: str, call: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk is full at the n-th call of a function; with room again, the run goes on to the same bits."""
-    run, whole = tmp_path / "run", train("whole").path
-    right, count = getattr(place, name), 0
-
-    def until_full(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return right(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, until_full)
-        with pytest.raises(
-            TrainingError, match=r"No space left on device. Free some space; what was saved before is whole"
-        ):
-            train()
-    assert leftovers(run) == []
-    load_run(run, graph=tiny_graph())
-    assert torch.load(run / STATE_FILE, weights_only=True)["progress"]["step"] >= 1
-    resume(run)
-    require_same_training(run, whole)
-
-
-def test_a_full_disk_while_metrics_are_written_is_said(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FullJson:
-        @staticmethod
-        def dumps(value: Any) -> str:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(state, "json", FullJson)
-    with pytest.raises(TrainingError, match=rf"{METRICS_FILE}: cannot save.*Free some space"):
-        train()
-
-
-def only_small_files() -> None:
-    """Let no file of this process grow beyond 20 kB: a write fails as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-def test_a_write_that_truly_fails_is_one_message(model: str, graph_folder: Path, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["train", "--out", str(run), "--graph", str(graph_folder), "--model", model, *as_options(SETTINGS)]
-    process = start(arguments, log, only_small_files)
-    process.join(60)
-    printed = log.read_text(encoding="utf-8")
-    assert process.exitcode == 1
-    assert "latest.pt: cannot save: [Errno 27] File too large" in printed
-    assert "what was saved before is whole" in printed
-    assert "Traceback" not in printed
-    assert leftovers(run) == []
-    assert cli.main(["train", "--out", str(run), "--resume", "--json"]) == 0
-    assert json.loads((run / "adapter" / "alignment.json").read_text(encoding="utf-8"))["format"] == 1
 
 
 def test_an_evaluation_out_of_memory_keeps_what_was_saved(
