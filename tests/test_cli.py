@@ -157,6 +157,7 @@ def test_ctrl_c_in_training_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace(monkeypatch, train=raising(KeyboardInterrupt()))
+    (tmp_path / "config.yaml").touch()  # a training had begun: before that, nothing is saved and nothing is promised
     assert cli.main(["train", "--out", str(tmp_path), "--graph", "world"]) == 130
     assert f"kalm train --out {tmp_path} --resume" in capsys.readouterr().err
 
