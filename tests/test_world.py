@@ -184,9 +184,7 @@ def test_every_relation_is_held_out_in_proportion() -> None:
 def test_the_readme_states_the_counts() -> None:
     text = (WORLD / "README.md").read_text(encoding="utf-8")
     counts = {name: len(FACTS[name]) for name in SPLITS}
-    assert (
-        f"{len(ENTITIES):,} entities, {len(read('relations'))} relations, {len(EVERY_FACT):,} triples" in text
-    )
+    assert f"{len(ENTITIES):,} entities, {len(read('relations'))} relations, {len(EVERY_FACT):,} triples" in text
     assert f"train {counts['train']:,}, valid {counts['valid']}, test {counts['test']}." in text
     for relation, forward, inverse in read("relations"):
         numbers = [str(sum(fact[1] == relation for fact in FACTS[name])) for name in SPLITS]
@@ -198,9 +196,7 @@ def test_a_rebuild_gives_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "build.py"), "--to", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     for path in sorted(tmp_path.iterdir()):
-        assert path.read_bytes() == (WORLD / path.name).read_bytes(), (
-            f"{path.name}: run scripts/world/build.py"
-        )
+        assert path.read_bytes() == (WORLD / path.name).read_bytes(), f"{path.name}: run scripts/world/build.py"
     assert len(list(tmp_path.iterdir())) == 5
 
 

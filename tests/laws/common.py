@@ -91,9 +91,7 @@ def copied_gradients(encoder: Encoder) -> dict[str, Tensor]:
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """Return the largest distance of two gradients of a parameter, relative to the gradient's length."""
     assert first.keys() == second.keys()
-    return max(
-        float((first[name] - second[name]).norm() / second[name].norm().clamp_min(1e-6)) for name in first
-    )
+    return max(float((first[name] - second[name]).norm() / second[name].norm().clamp_min(1e-6)) for name in first)
 
 
 @contextmanager

@@ -118,7 +118,8 @@ def test_trie_paths_spell_the_texts_and_ends_bound_the_descendants() -> None:
     texts = [generator.integers(0, 3, size=generator.integers(1, 7)) for _ in range(60)]
     for row_tokens in (6, 16, 1000):
         trie = build_trie(texts, row_tokens=row_tokens)
-        assert trie.row_lengths.max() <= row_tokens and trie.row_lengths.sum() == trie.num_nodes
+        assert trie.row_lengths.max() <= row_tokens
+        assert trie.row_lengths.sum() == trie.num_nodes
         sees = {(i, j) for path in trie.paths for i in path[path >= 0] for j in path[path >= 0] if j <= i}
         rows = np.searchsorted(trie.row_starts, np.arange(trie.num_nodes), side="right")
         for i in range(trie.num_nodes):
@@ -126,7 +127,8 @@ def test_trie_paths_spell_the_texts_and_ends_bound_the_descendants() -> None:
                 assert ((i, j) in sees) == (j <= i < trie.ends[j] and rows[i] == rows[j])
         for text, path in zip(texts, trie.paths, strict=True):
             nodes = path[: len(text)]
-            assert (trie.token_ids[nodes] == text).all() and (trie.depths[nodes] == np.arange(len(text))).all()
+            assert (trie.token_ids[nodes] == text).all()
+            assert (trie.depths[nodes] == np.arange(len(text))).all()
     assert trie.num_nodes == len({tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)})
 
 

@@ -26,7 +26,9 @@ def test_completion_loss_is_the_mean_over_all_answer_tokens() -> None:
     Every completion is forward here, so that the loop knows which were drawn.
     """
     verbalizer = tiny_verbalizer(tiny_graph(), template="published")
-    with replaced(batches.BatchBuilder, "_draw_completions", lambda self, directed, generator: directed[: len(directed) // 2]):
+    with replaced(
+        batches.BatchBuilder, "_draw_completions", lambda self, directed, generator: directed[: len(directed) // 2]
+    ):
         surprises = []
         encoder = tiny_encoder()
         for triple in TRIPLES:
@@ -80,7 +82,7 @@ def labels_are_shifted() -> AbstractContextManager[None]:
     right = batches._answers
 
     def wrong(trie: Any, *, completions_start: int, starts: Any, texts: Any) -> Any:
-        nodes, tokens = right(trie, completions_start=completions_start, starts=starts, texts=texts)
+        nodes, _tokens = right(trie, completions_start=completions_start, starts=starts, texts=texts)
         return nodes, trie.token_ids[nodes]
 
     return replaced(batches, "_answers", wrong)

@@ -43,7 +43,8 @@ def test_known_answers_of_a_batch_are_masked() -> None:
         decode = verbalizer.tokenizer.decode
         spelled = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in batch.trie.paths}
         queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
-        assert len(queries) == len(set(queries)) and len(candidates) == len(set(candidates))
+        assert len(queries) == len(set(queries))
+        assert len(candidates) == len(set(candidates))
         for i, query in enumerate(queries):
             for j, candidate in enumerate(candidates):
                 assert bool(batch.known[i, j]) == (candidate in KNOWN_BY_HAND[query]), (query, candidate)
@@ -78,7 +79,8 @@ def test_loss_equals_a_sum_worked_out_by_hand() -> None:
 
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
     loss, *grads = loss_of(torch.eye(2), torch.eye(2), torch.ones(2, 2, dtype=torch.bool), torch.tensor([[0, 0]]))
-    assert float(loss) == 0 and all(float(gradient.abs().max()) == 0 for gradient in grads)
+    assert float(loss) == 0
+    assert all(float(gradient.abs().max()) == 0 for gradient in grads)
 
 
 def test_entities_with_the_same_text_are_one_candidate() -> None:

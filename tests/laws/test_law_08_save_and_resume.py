@@ -73,7 +73,9 @@ def test_a_saved_run_encodes_the_same_bits() -> None:
 
         def keep(self: Run, **facts: Any) -> None:
             save_aligned(self, **facts)
-            seen.update(vectors=self.encoder.embed(texts_of(self)), τ=float(self.encoder.log_inverse_temperature.detach()))
+            seen.update(
+                vectors=self.encoder.embed(texts_of(self)), τ=float(self.encoder.log_inverse_temperature.detach())
+            )
 
         with replaced(Run, "save_aligned", keep):
             trained(folder / "run", model)
@@ -125,7 +127,7 @@ def test_a_run_is_never_overwritten_and_never_resumed_with_other_settings() -> N
         trained(folder / "run", model)
         with pytest.raises(RunError, match="wanted a new folder"):
             trained(folder / "run", model)
-        with pytest.raises(ConfigError, match="training.batch_size: saved 3, found 4"):
+        with pytest.raises(ConfigError, match=r"training\.batch_size: saved 3, found 4"):
             api.train(tiny_graph(), out=folder / "run", resume=True, settings={"training.batch_size": 4})
 
 

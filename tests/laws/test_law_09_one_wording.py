@@ -75,9 +75,7 @@ def mrr_by_hand(run: Run, trained: dict[tuple[str, str], float]) -> float:
     index = build_index(run.encoder, run.verbalizer, graph.num_entities)
     for head, relation, tail in graph.both_directions("train"):
         text = decode(run.verbalizer.query(head, relation))
-        scores = [
-            trained.get((text, decode(run.verbalizer.candidate(e)))) for e in range(graph.num_entities)
-        ]
+        scores = [trained.get((text, decode(run.verbalizer.candidate(e)))) for e in range(graph.num_entities)]
         if None in scores:  # an entity that no training triple holds
             scores = index.scores(run.encoder.embed([run.verbalizer.query(head, relation)]))[0].tolist()
         others = set(known.answers(int(head), int(relation)).tolist()) - {int(tail)}

@@ -27,7 +27,11 @@ def neighbourhood_order(triples: IntArray, generator: np.random.Generator, batch
     starts = generator.permutation(len(triples)).tolist()
     # Shuffled once; each entity then gives its triples from its own cursor on.
     cursor = offsets[:-1].tolist()
-    limits, incident_list, rows = offsets[1:].tolist(), incident[_shuffled(offsets, generator)].tolist(), triples.tolist()
+    limits, incident_list, rows = (
+        offsets[1:].tolist(),
+        incident[_shuffled(offsets, generator)].tolist(),
+        triples.tolist(),
+    )
     taken = bytearray(len(triples))
     order: list[int] = []
     queue: deque[int] = deque()

@@ -125,7 +125,9 @@ def _implicit_sum(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk)
         return completion_loss_sum(encoder.logits(some_states), some_targets)
 
     sums = [
-        checkpoint(part, read[start : start + LOGITS_AT_ONCE], targets[start : start + LOGITS_AT_ONCE], use_reentrant=False)
+        checkpoint(
+            part, read[start : start + LOGITS_AT_ONCE], targets[start : start + LOGITS_AT_ONCE], use_reentrant=False
+        )
         for start in range(0, len(targets), LOGITS_AT_ONCE)
     ]
     return torch.stack(sums).sum()

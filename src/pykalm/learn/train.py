@@ -79,7 +79,11 @@ class Trainer:
         """
         training, parameters = self.config.training, self.encoder.trainable()
         evaluate_every = training.evaluate_every or self.order.steps_per_epoch
-        with _accelerator(self.config, self.folder) as accelerator, _one_interrupt() as interrupted, _explained_memory():
+        with (
+            _accelerator(self.config, self.folder) as accelerator,
+            _one_interrupt() as interrupted,
+            _explained_memory(),
+        ):
             optimizer = accelerator.prepare(_optimizer(parameters, self.config))
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
             metrics, speed = MetricsLog(self.folder, step=progress.step), _Speed()
@@ -104,7 +108,9 @@ class Trainer:
                 mrr = self._evaluate(progress) if due else None
                 report = self._report(progress, batch, loss, float(norm), rate, speed, mrr)
                 metrics.write(**vars(report))
-                accelerator.log({key: value for key, value in vars(report).items() if value is not None}, step=progress.step)
+                accelerator.log(
+                    {key: value for key, value in vars(report).items() if value is not None}, step=progress.step
+                )
                 stopped = interrupted.is_set()  # asked once: an interrupt after the save is for the next step
                 if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
                     save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
@@ -210,7 +216,11 @@ def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress)
 
 
 def _advice(progress: Progress) -> str:
-    kept = "nothing was saved yet" if progress.best_step is None else f"the checkpoint of step {progress.best_step} is whole"
+    kept = (
+        "nothing was saved yet"
+        if progress.best_step is None
+        else f"the checkpoint of step {progress.best_step} is whole"
+    )
     return f"Lower training.learning_rate or raise training.warmup_share in a new run; {kept}."
 
 

@@ -86,8 +86,10 @@ class Encoder(nn.Module):
         config = self.causal_lm.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             logits: Tensor = self.causal_lm.get_output_embeddings()(states).float()
-        logits = logits * float(getattr(config, "logit_scale", None) or 1) / float(
-            getattr(config, "logits_scaling", None) or 1
+        logits = (
+            logits
+            * float(getattr(config, "logit_scale", None) or 1)
+            / float(getattr(config, "logits_scaling", None) or 1)
         )
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -174,7 +174,9 @@ def read_run_config(path: Path) -> Config:
     """Read the settings of a run; raises RunError where the folder is not a run."""
     file = path / "config.yaml"
     if not file.is_file():
-        raise RunError(f"{path}: wanted a run folder, found no config.yaml in it. Give a folder that `kalm train` made.")
+        raise RunError(
+            f"{path}: wanted a run folder, found no config.yaml in it. Give a folder that `kalm train` made."
+        )
     try:
         return load_config(file, [])
     except KalmError as error:
@@ -192,7 +194,9 @@ def read_alignment(path: Path) -> dict[str, Any]:
         alignment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = alignment["format"]
         if found != FORMAT:
-            raise RunError(f"{file}: wanted format {FORMAT}, found {found}. Use the version of kalm that made this run.")
+            raise RunError(
+                f"{file}: wanted format {FORMAT}, found {found}. Use the version of kalm that made this run."
+            )
         wrong = [key for key, kind in ALIGNMENT.items() if not isinstance(alignment.get(key), kind)]
         if wrong or not math.isfinite(alignment["log_inverse_temperature"]):
             raise ValueError(f"{', '.join(wrong) or 'log_inverse_temperature'} missing or wrong")

@@ -35,7 +35,9 @@ class Templates:
         """Read the wordings back; raises ConfigError when a wording is missing or unknown."""
         wanted = [field.name for field in fields(Templates)]
         if sorted(data) != sorted(wanted):
-            raise ConfigError(f"templates: wanted the wordings {wanted}, found {sorted(data)}. Restore the missing ones.")
+            raise ConfigError(
+                f"templates: wanted the wordings {wanted}, found {sorted(data)}. Restore the missing ones."
+            )
         if wrong := [name for name in wanted if not isinstance(data[name], str)]:
             raise ConfigError(f"templates: wanted texts, found other values under {wrong}. Restore them.")
         return Templates(**dict(data))
