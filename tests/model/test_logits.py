@@ -24,6 +24,6 @@ def test_soft_capped_logits_are_the_models_own() -> None:
 
 def test_logits_changed_in_an_unknown_way_are_refused() -> None:
     encoder = tiny_encoder()
-    with replaced(type(encoder), "logits", lambda self, states: states @ torch.randn(states.shape[-1], 259)):
-        with pytest.raises(ModelError, match=r"objective\.implicit=false"):
-            require_own_logits(encoder, tiny_verbalizer(tiny_graph()))
+    wrong = replaced(type(encoder), "logits", lambda self, states: states @ torch.randn(states.shape[-1], 259))
+    with wrong, pytest.raises(ModelError, match=r"objective\.implicit=false"):
+        require_own_logits(encoder, tiny_verbalizer(tiny_graph()))
