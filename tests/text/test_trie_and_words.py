@@ -1,11 +1,12 @@
 """Claims about wordings and token tries: every text is spelled as its template says, and laid out exactly once."""
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pykalm.config import TextSettings
@@ -14,7 +15,7 @@ from pykalm.text.templates import PREFIX_SHARING, PUBLISHED, TEMPLATES, Template
 from pykalm.text.trie import TokenTrie, build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import tiny_graph
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import TOKENIZER_SIZE, tiny_tokenizer
 
 
 def words(
@@ -168,6 +169,41 @@ def test_a_fingerprint_changes_with_whatever_changes_token_ids() -> None:
         == words().for_graph(tiny_graph()).fingerprint()
     )
     assert words(templates=wording).for_graph(graph).fingerprint() == words(templates=wording).fingerprint()
+
+
+def merging_tokenizer(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer with "ad", "da" and the given merges: the order decides, the vocabulary is the same."""
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {"ad": TOKENIZER_SIZE, "da": TOKENIZER_SIZE + 1}
+    content["model"]["merges"] = [list(merge) for merge in merges]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def lowercasing_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def test_tokenizers_with_one_vocabulary_that_cut_otherwise_differ_in_their_fingerprint() -> None:
+    ending = tiny_tokenizer()
+    ending.eos_token = "<pad>"
+    tokenizers = [
+        tiny_tokenizer(), lowercasing_tokenizer(), opening_tokenizer(), ending, merging_tokenizer(("a", "d"), ("d", "a")),
+        merging_tokenizer(("d", "a"), ("a", "d")),
+    ]  # fmt: skip
+    assert len({words(tokenizer).tokenizer_fingerprint() for tokenizer in tokenizers}) == len(tokenizers)
+    assert len({words(tokenizer).fingerprint() for tokenizer in tokenizers}) == len(tokenizers)
+
+
+def test_padding_and_truncation_that_a_caller_set_leave_the_fingerprint_as_it_is() -> None:
+    padding = tiny_tokenizer()
+    padding(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert padding.backend_tokenizer.padding
+    assert padding.backend_tokenizer.truncation
+    assert words(padding).fingerprint() == words().fingerprint()
 
 
 def test_tokens_are_counted_before_any_cut() -> None:

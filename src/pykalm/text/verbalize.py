@@ -40,6 +40,7 @@ class Verbalizer:
         self._opening = _opening_tokens(tokenizer)
         self._cache: dict[tuple[str, str], list[TokenIds]] = {}
         self._literals: dict[str, TokenIds] = {}
+        self._tokenizer_fingerprint: str | None = None
 
     def for_graph(self, graph: KnowledgeGraph) -> "Verbalizer":
         """Return the same wordings and cuts for another graph."""
@@ -96,11 +97,21 @@ class Verbalizer:
         return int(self.tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over wordings, cuts, vocabulary and the graph's texts: equal means the same token ids."""
-        vocabulary = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
-        content = [self.templates.to_dict(), self.settings.model_dump(), vocabulary, self.graph.entity_names,
-                   self.graph.entity_descriptions, self.graph.relation_texts, self.graph.inverse_texts]  # fmt: skip
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """Return a sha256 over wordings, cuts, tokenizer and the graph's texts: equal means the same token ids."""
+        graph = self.graph
+        content = [self.templates.to_dict(), self.settings.model_dump(), self.tokenizer_fingerprint(),
+                   graph.entity_names, graph.entity_descriptions, graph.relation_texts, graph.inverse_texts]  # fmt: skip
+        return _digest(content)
+
+    def tokenizer_fingerprint(self) -> str:
+        """Return a sha256 over all that decides token ids: vocabulary, merges, normaliser, added, opening, end tokens.
+
+        Truncation and padding, which some callers set on a tokenizer, are left out: they are never used here.
+        """
+        if self._tokenizer_fingerprint is None:
+            content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
+            self._tokenizer_fingerprint = _digest([content, self.tokenizer.eos_token_id, self._opening.tolist()])
+        return self._tokenizer_fingerprint
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, before any cut."""
@@ -159,3 +170,7 @@ def _opening_tokens(tokenizer: Any) -> TokenIds:
     plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     opening = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
     return np.asarray(opening, dtype=np.int64)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
