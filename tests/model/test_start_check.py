@@ -2,14 +2,17 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
 from pykalm.errors import ModelError
 from pykalm.model import packing
+from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
+from pykalm.text.trie import row_group
 from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
-from tests.tiny_models import tiny_model
+from tests.tiny_models import TOKENIZER_SIZE, tiny_model
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
@@ -53,3 +56,27 @@ def test_a_model_that_bends_its_logits_in_an_unknown_way_is_not_trained_on_other
     monkeypatch.setattr(encoder, "logits", lambda states: logits(states) * 1.01)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM changes its logits.*objective\.implicit=false"):
         packing.require_own_logits(encoder, verbalizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("opt", {"dropout": 0.1}),
+        ("llama", {"attention_dropout": 0.3}),
+    ],
+)
+def test_a_model_whose_config_has_dropout_is_taken_and_keeps_its_dropout_for_training(
+    family: str, dropout: dict[str, float]
+) -> None:
+    """Their own defaults, which the tiny models of the other tests switch off."""
+    model = add_adapter(tiny_model(family, vocab_size=TOKENIZER_SIZE, **dropout), rank=4)
+    encoder = Encoder(model, source_fingerprint=family, precision="fp32")
+    assert not any(module.training for module in encoder.modules())
+    verbalizer = tiny_verbalizer(tiny_graph())
+    packing.choose_passes(encoder, verbalizer)
+    packing.require_own_logits(encoder, verbalizer)
+    assert encoder.packed
+    group = row_group(encoder.lay_out([verbalizer.query(0, 0)]), np.array([0]))
+    encoder.train()
+    assert not torch.equal(encoder(group, shared=True), encoder(group, shared=True))

@@ -22,6 +22,7 @@ class Encoder(nn.Module):
 
     Knows nothing of strings. `packed` says whether the texts of a batch share one trie; where a model cannot take its
     mask, every text is a row of its own. log(1/τ) is a parameter here, so it is optimised and saved with the model.
+    In eval mode until a trainer calls train(); dropout then is that of the model's own config, plus the adapter's.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Encoder(nn.Module):
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
+        self.eval()  # a new module is in train mode, where a model whose config has dropout reads no text the same twice
 
     @property
     def causal_lm(self) -> Any:

@@ -60,8 +60,9 @@ def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
     """Raise ModelError where the logits that L_imp is computed from are not those that the model itself gives.
 
     Some families scale or bend their logits after the output head; one that does so in a way unknown here must not be
-    trained on something else than it generates from.
+    trained on something else than it generates from. Compared in eval mode, in which the encoder is left.
     """
+    encoder.eval()
     text = torch.from_numpy(verbalizer.prompt(0, 0))[None].to(encoder.device)
     enabled = encoder.compute_dtype == torch.bfloat16
     with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
