@@ -11,6 +11,7 @@ import numpy as np
 from pykalm.config import TextSettings
 from pykalm.errors import GraphError, ModelError
 from pykalm.graph.graph import KnowledgeGraph
+from pykalm.text.pieces import PieceTokenizer
 from pykalm.text.templates import TEMPLATES, Templates, parts, split_space
 from pykalm.text.trie import IntArray, TokenIds
 
@@ -37,10 +38,9 @@ class Verbalizer:
         self.tokenizer = tokenizer
         self.settings = settings
         self.templates = templates or TEMPLATES[settings.template]
-        self._opening = _opening_tokens(tokenizer)
-        self._cache: dict[tuple[str, str], list[TokenIds]] = {}
-        self._literals: dict[str, TokenIds] = {}
-        self._tokenizer_fingerprint: str | None = None
+        self._pieces = PieceTokenizer(tokenizer)
+        self._cache: dict[tuple[str, str, bool], list[TokenIds]] = {}
+        self._literals: dict[tuple[str, bool], TokenIds] = {}
 
     def for_graph(self, graph: KnowledgeGraph) -> "Verbalizer":
         """Return the same wordings and cuts for another graph."""
@@ -101,46 +101,44 @@ class Verbalizer:
         graph = self.graph
         content = [self.templates.to_dict(), self.settings.model_dump(), self.tokenizer_fingerprint(),
                    graph.entity_names, graph.entity_descriptions, graph.relation_texts, graph.inverse_texts]  # fmt: skip
-        return _digest(content)
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
-        """Return a sha256 over all that decides token ids: vocabulary, merges, normaliser, added, opening, end tokens.
-
-        Truncation and padding, which some callers set on a tokenizer, are left out: they are never used here.
-        """
-        if self._tokenizer_fingerprint is None:
-            content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
-            self._tokenizer_fingerprint = _digest([content, self.tokenizer.eos_token_id, self._opening.tolist()])
-        return self._tokenizer_fingerprint
+        """Return a sha256 over all of the tokenizer that decides token ids."""
+        return self._pieces.fingerprint()
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, before any cut."""
-        return [len(tokens) for tokens in self._tokenize(texts, limit=None)]
+        return [len(tokens) for tokens in self._pieces.tokens(texts, is_first=True, limit=None)]
 
     def _join(self, wording: str, values: dict[str, tuple[str, Any]], *, opening: bool = True) -> TokenIds:
         """Join the tokens of a wording's literals and fields; `values` names the kind and number of each field."""
-        pieces: list[TokenIds] = [self._opening] if opening else []
+        pieces: list[TokenIds] = [self._pieces.opening] if opening else []
+        is_first = opening
         for literal, field in parts(wording):
             bare, space = split_space(literal, field)
             if bare:
-                pieces.append(self._literal(bare))
+                pieces.append(self._literal(bare, is_first))
+                is_first = False
             if field:
-                pieces.append(self._field(*values[field], space))
+                pieces.append(self._field(*values[field], space, is_first))
+                is_first = False
         return np.concatenate(pieces)
 
-    def _literal(self, text: str) -> TokenIds:
-        if text not in self._literals:
-            self._literals[text] = self._tokenize([text], limit=None)[0]
-        return self._literals[text]
+    def _literal(self, text: str, is_first: bool) -> TokenIds:
+        if (text, is_first) not in self._literals:
+            self._literals[text, is_first] = self._pieces.tokens([text], is_first=is_first, limit=None)[0]
+        return self._literals[text, is_first]
 
-    def _field(self, kind: str, value: Any, space: str) -> TokenIds:
+    def _field(self, kind: str, value: Any, space: str, is_first: bool) -> TokenIds:
         """Return the cut tokens of a field. The space before it is tokenised with it, as tokenizers expect."""
         if kind == "free":
-            return self._tokenize([space + value], limit=self.settings.max_entity_tokens)[0]
-        if (kind, space) not in self._cache:
+            return self._pieces.tokens([space + value], is_first=is_first, limit=self.settings.max_entity_tokens)[0]
+        key = (kind, space, is_first)
+        if key not in self._cache:
             texts, limit = self._texts(kind)
-            self._cache[kind, space] = self._tokenize((space + text for text in texts), limit=limit)
-        tokens: TokenIds = self._cache[kind, space][value]
+            self._cache[key] = self._pieces.tokens((space + text for text in texts), is_first=is_first, limit=limit)
+        tokens: TokenIds = self._cache[key][value]
         return tokens
 
     def _texts(self, kind: str) -> tuple[Iterable[str], int]:
@@ -158,19 +156,3 @@ class Verbalizer:
         }
         texts, limit = kinds[kind]
         return texts(), limit
-
-    def _tokenize(self, texts: Iterable[str], *, limit: int | None) -> list[TokenIds]:
-        """Tokenise texts without special tokens and cut each at `limit` tokens."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [np.asarray(ids[:limit], dtype=np.int64) for ids in encoded]
-
-
-def _opening_tokens(tokenizer: Any) -> TokenIds:
-    """Return the special tokens that the tokenizer puts before a text (a begin-of-text token, for some models)."""
-    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    opening = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
-    return np.asarray(opening, dtype=np.int64)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
