@@ -2,15 +2,23 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from pykalm.errors import RunError, TrainingError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+READ_ATTEMPTS = 5
+"""How often a reader looks again at what a writer was replacing under its eyes."""
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
@@ -32,7 +40,8 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
 def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a folder beside the target, then put it in the target's place.
 
-    A kill between the two renames leaves the old folder under another name; `recover_folder` brings it back.
+    A kill between the two renames leaves the old folder under another name; `recover_folder` brings it back. Only a
+    writer that no other disturbs (`only_writer`) may call either; readers ask `standing_folder` where to read.
     """
     draft, old = target.with_name(f".{target.name}-new"), target.with_name(f".{target.name}-old")
     with explain_write_errors(target):
@@ -53,8 +62,22 @@ def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
             recover_folder(target)
 
 
+def standing_folder(target: Path) -> Path:
+    """Return where to read a folder that a writer may be replacing: its own place or, between the renames, the old one's.
+
+    Changes nothing, so that a reader never gets in the way of a writer. The target itself where there is none of them.
+    """
+    old = target.with_name(f".{target.name}-old")
+    for _ in range(READ_ATTEMPTS):
+        for folder in (target, old):
+            if folder.exists():
+                return folder
+        time.sleep(0.001)  # the second rename may have come between the two looks
+    return target
+
+
 def recover_folder(target: Path) -> None:
-    """Bring back the folder that `replace_folder` was about to replace when it was killed."""
+    """Bring back the folder that `replace_folder` was about to replace when it was killed. For writers only."""
     old = target.with_name(f".{target.name}-old")
     if old.exists():
         if target.exists():
@@ -74,17 +97,20 @@ def remove_drafts(folder: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder, made where there is none, against every other process that asks for it in the same way.
 
-    The system lets go of it when the process ends, however it ends. Raises RunError where another one holds it.
+    The system lets go of it when the process ends, however it ends. Raises RunError where another one holds it. On
+    Windows, which cannot lock a folder, nothing is held: there it is up to the user to train once at a time.
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder)
+        if handle is not None:
+            _lock(handle, folder)
         remove_drafts(folder)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only where it is still empty
 

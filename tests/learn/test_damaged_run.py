@@ -157,10 +157,29 @@ def test_a_damaged_index_is_built_again(run: Path, capsys: pytest.CaptureFixture
         assert capsys.readouterr().out == answers
 
 
-def test_a_folder_killed_between_two_renames_is_found_again(run: Path) -> None:
+def test_a_folder_killed_between_two_renames_is_read_where_it_lies_and_brought_back_by_the_next_training(
+    run: Path,
+) -> None:
+    """A reader cannot know whether the writer was killed or is about to do its second rename, so it moves nothing."""
     (run / "adapter").rename(run / ".adapter-old")
     assert cli.main(["predict", str(run), "--head", "e1", "--relation", "likes"]) == 0
+    assert leftovers(run) == [".adapter-old"]
+    assert not (run / "adapter").exists()
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 0
     assert leftovers(run) == []
+
+
+def test_a_changed_tokenizer_is_refused_in_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space before every text: the same vocabulary, the same model, other texts."""
+    graph, model, run = write_graph(tmp_path / "graph"), save_tiny_model(tmp_path / "model"), tmp_path / "run"
+    options = as_options({**SETTINGS, "training.max_steps": 1})
+    assert cli.main(["train", "--graph", str(graph), "--model", str(model), "--out", str(run), *options]) == 0
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    file.write_text(json.dumps(content), encoding="utf-8")
+    require_one_message(["train", "--out", str(run), "--resume"], "the texts has changed since", capsys)
+    require_one_message(["evaluate", "links", str(run)], f"tokenizer of {str(model)!r}: wanted fingerprint", capsys)
 
 
 def test_a_changed_graph_or_model_is_refused_in_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

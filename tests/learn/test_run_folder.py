@@ -1,17 +1,22 @@
 """Claims about the folder of a run: one writer at a time, rights, places that cannot be written to."""
 
+import importlib.util
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pykalm import api, cli
+from pykalm import api, cli, files
 from pykalm.api import StepReport
 from pykalm.errors import ConfigError, RunError, TrainingError
 from pykalm.files import only_writer, replace_file, replace_folder
 from pykalm.learn.state import read_metrics
+from pykalm.model import run as run_module
+from pykalm.model.run import Run, load_run
 from tests.laws.common import tiny_graph
 from tests.learn.workshop import SETTINGS, as_options, learned, start
 
@@ -121,3 +126,81 @@ def test_a_failed_write_leaves_file_and_folder_as_they_were(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     replace_folder(folder, lambda path: (path / "other").write_text("new", encoding="utf-8"))
     assert [path.name for path in folder.iterdir()] == ["other"]
+
+
+@pytest.fixture
+def trained(model: str, tmp_path: Path) -> Run:
+    settings = {**SETTINGS, "training.max_steps": 1}
+    return api.train(tiny_graph(), out=tmp_path / "run", model=model, settings=settings)
+
+
+def test_a_run_is_read_while_its_training_replaces_the_weights(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader comes before every rename and removal of a save; it reads, and the save ends well."""
+    vectors, reads = trained.encoder.embed(trained.verbalizer.candidates(torch.arange(6).numpy())), 0
+
+    def reading_before(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            texts = trained.verbalizer.candidates(torch.arange(6).numpy())
+            assert torch.equal(load_run(trained.path, graph=tiny_graph()).encoder.embed(texts), vectors)
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", reading_before(Path.rename))
+        patch.setattr(files.shutil, "rmtree", reading_before(files.shutil.rmtree))
+        trained.save_aligned(step=2)
+    assert reads >= 3
+    assert run_module.read_alignment(trained.path)["step"] == 2
+
+
+def test_weights_and_temperature_of_two_saves_are_never_mixed(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training saves again after the reader has read alignment.json and before it reads the weights."""
+    right, left = run_module.load_adapter, [7.0]
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        if left:
+            with torch.no_grad():
+                trained.encoder.log_inverse_temperature.fill_(left.pop())
+                list(trained.encoder.trainable().values())[-1].add_(0.5)
+            trained.save_aligned(step=2)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(run_module, "load_adapter", load)
+    run = load_run(trained.path, graph=tiny_graph())
+    assert float(run.encoder.log_inverse_temperature.detach()) == 7.0
+    assert run.encoder.fingerprint() == trained.encoder.fingerprint()
+
+
+def test_a_run_that_changes_under_every_look_is_said(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, steps = run_module.load_adapter, iter(range(2, 100))
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        trained.save_aligned(step=next(steps))
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(run_module, "load_adapter", load)
+    with pytest.raises(RunError, match=r"a training replaced them 5 times\. Try again"):
+        load_run(trained.path, graph=tiny_graph())
+
+
+def test_files_are_written_also_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows: no fcntl, and a folder cannot be opened."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert files.__file__ is not None
+    specification = importlib.util.spec_from_file_location("files_without_locks", files.__file__)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+
+    def refuse(*_: Any) -> int:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "open", refuse)
+        with module.only_writer(tmp_path / "run"):
+            (tmp_path / "run" / "kept").mkdir()
+    assert (tmp_path / "run" / "kept").exists()

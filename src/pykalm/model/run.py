@@ -10,6 +10,7 @@ RUN/
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 
 from pykalm.config import Config, TextSettings, load_config
-from pykalm.errors import ConfigError, GraphError, KalmError, RunError
-from pykalm.files import recover_folder, replace_file
+from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError
+from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
@@ -29,6 +30,8 @@ from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.packing import choose_passes, require_own_logits
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, "model_fingerprint": str,
@@ -62,6 +65,7 @@ class Run:
             "text": self.config.text.model_dump(mode="json"),
             "model": self.config.model,
             "model_fingerprint": self.encoder.source_fingerprint,
+            "tokenizer_fingerprint": self.verbalizer.tokenizer_fingerprint(),
             "graph": self.config.graph,
             "graph_fingerprint": self.graph.fingerprint(),
             **facts,
@@ -93,14 +97,12 @@ def build_run(
     language_model: LanguageModel,
     *,
     temperature: float,
-    saved: Path | None = None,
+    model: torch.nn.Module | None = None,
     templates: Templates | None = None,
 ) -> Run:
-    """Put base model, adapters (fresh, or those saved in a folder), encoder and wordings together."""
+    """Put base model, adapters (fresh, or the `model` that `load_adapter` returned), encoder and wordings together."""
     settings = config.adapter
-    if saved is not None:
-        model = load_adapter(language_model.model, saved, trainable=True)
-    else:
+    if model is None:
         model = add_adapter(
             language_model.model, kind=settings.kind, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
             targets=settings.targets if isinstance(settings.targets, str) else list(settings.targets), seed=config.seed,
@@ -149,15 +151,46 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
         )
     if graph is None:
         graph = _graph_of(path, config, alignment)
-    language_model = load_base(config, device=device)
-    require_same(f"{path}: base model {config.model!r}", alignment["model_fingerprint"], language_model.fingerprint)
+    language_model, model, alignment = _load_aligned(path, config, device)
     run = build_run(
         path, config, graph, language_model, temperature=1.0,
-        saved=path / "adapter", templates=Templates.from_dict(alignment["templates"]),
+        model=model, templates=Templates.from_dict(alignment["templates"]),
     )  # fmt: skip
+    _require_same_tokenizer(run, alignment)
     with torch.no_grad():
         run.encoder.log_inverse_temperature.fill_(alignment["log_inverse_temperature"])
     return run
+
+
+def _load_aligned(
+    path: Path, config: Config, device: str | None
+) -> tuple[LanguageModel, torch.nn.Module, dict[str, Any]]:
+    """Return base model, adapted model and alignment.json, both of one save: a training may replace them meanwhile."""
+    for _ in range(READ_ATTEMPTS):
+        language_model = load_base(config, device=device)
+        alignment = read_alignment(path)
+        require_same(f"{path}: base model {config.model!r}", alignment["model_fingerprint"], language_model.fingerprint)
+        try:
+            model = load_adapter(language_model.model, standing_folder(path / "adapter"), trainable=True)
+        except ModelError:
+            if read_alignment(path) == alignment:
+                raise
+        else:
+            if read_alignment(path) == alignment:
+                return language_model, model, alignment
+    raise RunError(
+        f"{path}: wanted weights that stay while they are read, found that a training replaced them {READ_ATTEMPTS} times. "
+        "Try again, or wait for its end."
+    )
+
+
+def _require_same_tokenizer(run: Run, alignment: Mapping[str, Any]) -> None:
+    """Raise RunError where the tokenizer beside the base model has changed since the training."""
+    if "tokenizer_fingerprint" not in alignment:
+        log.warning("%s was trained before kalm kept the tokenizer's fingerprint: it is not checked.", run.path)
+        return
+    what = f"{run.path}: tokenizer of {run.config.model!r}"
+    require_same(what, str(alignment["tokenizer_fingerprint"]), run.verbalizer.tokenizer_fingerprint())
 
 
 def load_baseline(run: Run, *, device: str | None = None) -> Run:
@@ -186,12 +219,12 @@ def read_run_config(path: Path) -> Config:
 def read_alignment(path: Path) -> dict[str, Any]:
     """Read adapter/alignment.json; raises RunError where it is missing, damaged or of another version."""
     read_run_config(path)
-    recover_folder(path / "adapter")
     file = path / "adapter" / "alignment.json"
-    if not file.is_file():
+    text = _read_standing(file)
+    if text is None:
         raise RunError(f"{path}: wanted a trained run, found no {file.name} yet. Train it on with --resume.")
     try:
-        alignment: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        alignment: dict[str, Any] = json.loads(text)
         found = alignment["format"]
         if found != FORMAT:
             raise RunError(
@@ -205,6 +238,16 @@ def read_alignment(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{file}: damaged: {error}. Restore it from a copy, or train again.") from error
     return alignment
+
+
+def _read_standing(file: Path) -> bytes | None:
+    """Return the content of a file in a folder that a training may be replacing, or None where there is none."""
+    for _ in range(READ_ATTEMPTS):
+        try:
+            return (standing_folder(file.parent) / file.name).read_bytes()
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def require_same(what: str, wanted: str, found: str) -> None:
