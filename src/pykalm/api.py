@@ -13,7 +13,7 @@ from pykalm.errors import ConfigError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
-from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
+from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph, source_folder
 from pykalm.graph.check import GraphCheck, check_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
@@ -46,7 +46,7 @@ def train(
     graph: KnowledgeGraph | str | Path | None = None,
     *,
     out: str | Path,
-    model: str | None = None,
+    model: str | Path | None = None,
     config: Config | None = None,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -54,13 +54,16 @@ def train(
 ) -> Run:
     """Align a language model with a graph, in a new run folder or, with resume, in the one that stopped there.
 
-    settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step. Returns the run with its best
-    weights. Raises RunError where `out` holds a run already (or none, with resume), ConfigError for wrong settings,
-    TrainingError where training cannot go on.
+    settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step. A graph that is a folder is
+    kept as an absolute path, a named one by its name. Returns the run with its best weights. Raises RunError where `out`
+    holds a run already (or none, with resume), ConfigError for wrong settings, TrainingError where it cannot go on.
     """
     out = Path(out)
-    source = graph.name if isinstance(graph, KnowledgeGraph) else str(graph) if graph is not None else None
-    config = _resolve(config, {"graph": source, "model": model, **(settings or {})}, out if resume else None)
+    is_loaded = isinstance(graph, KnowledgeGraph)
+    # A graph object on resume may have come from anywhere: the run knows it by its fingerprint.
+    source = graph if not isinstance(graph, KnowledgeGraph) else None if resume else graph.name
+    given = {key: value for key, value in (("graph", source), ("model", model)) if value is not None}
+    config = _resolve(config, given | dict(settings or {}), out if resume else None, is_loaded=is_loaded)
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
     require_trackers(config.training.trackers)
     with only_writer(out):
@@ -158,13 +161,16 @@ def list_data() -> list[GraphEntry]:
     return list_graphs()
 
 
-def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None) -> Config:
+def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None, *, is_loaded: bool) -> Config:
     """Join settings; with `resumed` they are those of that run, and only what is FREE may differ from them."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    overrides = [f"{key}={_as_yaml(key, value)}" for key, value in given.items()]
     if resumed is None:
-        return load_config(None, overrides, **(config.model_dump(mode="json") if config else {}))
+        new = load_config(None, overrides, **(config.model_dump(mode="json") if config else {}))
+        return new if is_loaded else _placed(new)
     saved = read_run_config(resumed)
     wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
+    if not is_loaded and wanted.graph != saved.graph:
+        wanted = _placed(wanted)
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and key not in FREE]
     if changed:
@@ -175,6 +181,26 @@ def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None)
             + f"\nLeave them out, or start a new run. Only these may change: {', '.join(FREE)}."
         )
     return wanted
+
+
+def _placed(config: Config) -> Config:
+    """Name the folder of a graph without a name from the root, so that the run opens from any working directory."""
+    folder = source_folder(config.graph)
+    return config.model_copy(update={"graph": str(folder)}) if folder else config
+
+
+def _as_yaml(key: str, value: Any) -> str:
+    """Write a setting's value as JSON, which is YAML; raises ConfigError for what is no setting's value."""
+
+    def plain(thing: Any) -> Any:
+        if isinstance(thing, np.generic | np.ndarray):
+            return thing.tolist()
+        if isinstance(thing, Path):
+            return str(thing.resolve())  # "world" as a Path is a folder, not a name
+        wanted = "a number, a text, true or false, None or a list of these"
+        raise ConfigError(f"settings: {key}: wanted {wanted}, found {type(thing).__name__} {thing!r}.")
+
+    return json.dumps(value, default=plain)
 
 
 def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:

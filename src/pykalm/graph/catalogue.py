@@ -25,6 +25,7 @@ __all__ = [
     "fetch_graph",
     "list_graphs",
     "load_graph",
+    "source_folder",
 ]
 
 FileProgress = Callable[[str, int, int | None], None]
@@ -61,6 +62,14 @@ def load_graph(source: str | Path) -> KnowledgeGraph:
     if Path(source).is_dir():
         return read_graph(Path(source))
     raise GraphError(_not_found(source, here))
+
+
+def source_folder(source: str | Path) -> Path | None:
+    """Return the folder, absolute, from which `load_graph` reads what is no name; None for a name or nothing at all."""
+    if isinstance(source, Path) or source.startswith(".") or Path(source).is_absolute():
+        return Path(source).resolve()
+    is_name = _key(source) == "world" or _key(source) in _folders()
+    return Path(source).resolve() if not is_name and Path(source).is_dir() else None
 
 
 def list_graphs() -> list[GraphEntry]:
