@@ -79,6 +79,24 @@ def test_listed_targets_are_taken_by_their_endings() -> None:
     ]
 
 
+class Router(nn.Linear):
+    """Return two tensors, as the router of Llama 4 does."""
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        scores = super().forward(states)
+        return scores, scores.softmax(dim=-1)
+
+
+def test_a_linear_module_that_returns_a_pair_is_no_target() -> None:
+    model = tiny_model("llama")
+    before = find_targets(model)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp.router = Router(32, 4)
+    assert find_targets(model) == before
+    with pytest.raises(ModelError, match="'router' not among the linear modules"):
+        find_targets(model, ["router"])
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "c_attn"], ["lm_head"], ["proj"], [], ["embed_tokens"]])
 def test_unknown_targets_raise_and_list_what_there_is(targets: list[str]) -> None:
     with pytest.raises(ModelError, match="down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):

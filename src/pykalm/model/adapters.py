@@ -22,6 +22,9 @@ from pykalm.model.pretrained import no_progress_bars
 AdapterKind = Literal["lora", "full"]
 Targets = Literal["auto", "all-linear", "mlp"] | list[str]
 
+PLAIN_LINEAR = {"FalconLinear"}
+"""Classes derived from nn.Linear in transformers' models that only spell the same product differently."""
+
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _FULL_WEIGHTS = "model.safetensors"
@@ -100,10 +103,24 @@ def _linear_modules(model: PreTrainedModel) -> Iterator[str]:
             continue
         mixers = tuple(f"{name}." for name, part in stack.named_modules() if hasattr(part, "A_log"))
         for name, module in stack.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D):  # the linear modules of bitsandbytes are nn.Linear
+            if not _is_plain_linear(module):
                 continue
             if not name.startswith(mixers) or getattr(module, "in_features", None) == width:
                 yield f"{stack_name}.{name}"
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Return whether a module maps one tensor to one tensor as a linear map: what an adapter can stand beside.
+
+    A class derived from nn.Linear may return something else (a router of experts, a pair) or read its weights in groups,
+    so only the linear classes themselves count, those of bitsandbytes, and derived ones known to be plain.
+    """
+    kind = type(module)
+    return (
+        kind in (nn.Linear, Conv1D)
+        or kind.__name__ in PLAIN_LINEAR
+        or (isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes."))
+    )
 
 
 def _refuse_unknown(targets: list[str], available: list[str]) -> None:
