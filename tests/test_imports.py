@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pykalm"
 # Each layer may import itself and what stands before it. The layers follow the data (docs/method.md).
 LAYERS = [
     "errors",
+    "memory",
     "files",
     "settings",
     "config",

@@ -1,13 +1,14 @@
 """The errors that kalm raises on purpose. Each says what was wanted, what was found and what to do.
 
 KalmError
-├── UsageError      the command line or a call was used wrongly (exit code 2)
-├── ConfigError     a setting has a wrong name or value
-├── GraphError      the files of a graph, or a question about a graph, are wrong
-├── ModelError      a language model cannot be loaded or used
-├── RunError        a run folder is missing, damaged or of another version
-├── TrainingError   training cannot go on: not a number, out of memory, disk full
-└── FetchError      a download failed or is not what was promised
+├── UsageError        the command line or a call was used wrongly (exit code 2)
+├── ConfigError       a setting has a wrong name or value
+├── GraphError        the files of a graph, or a question about a graph, are wrong
+├── ModelError        a language model cannot be loaded or used
+├── RunError          a run folder is missing, damaged or of another version
+├── OutOfMemoryError  memory ran out while a model was loaded or read texts
+├── TrainingError     training cannot go on: not a number, out of memory, disk full
+└── FetchError        a download failed or is not what was promised
 """
 
 
@@ -39,6 +40,10 @@ class ModelError(KalmError):
 
 class RunError(KalmError):
     """Report a run folder that is missing, damaged or of another version."""
+
+
+class OutOfMemoryError(KalmError):
+    """Report that memory ran out outside of training's steps, and which setting to lower."""
 
 
 class TrainingError(KalmError):

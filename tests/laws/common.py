@@ -48,22 +48,27 @@ def tiny_verbalizer(graph: KnowledgeGraph, **settings: Any) -> Verbalizer:
 
 
 def tiny_encoder(family: str = "llama", *, dropout: float = 0.0, **settings: Any) -> Encoder:
-    """Return a float32 encoder with LoRA on every linear layer, its matrices far from their start at 0."""
-    model = add_adapter(tiny_model(family, vocab_size=TOKENIZER_SIZE), kind="lora", rank=4, dropout=dropout, seed=1)
+    """Return an encoder (float32, or the precision given) with LoRA on every linear layer, far from its start at 0."""
+    settings = {"row_tokens": 64, "chunk_tokens": 256, "precision": "fp32", **settings}
+    base = tiny_model(family, vocab_size=TOKENIZER_SIZE)
+    if settings["precision"] == "bf16":
+        base.to(torch.bfloat16)
+    model = add_adapter(base, kind="lora", rank=4, dropout=dropout, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    settings = {"row_tokens": 64, "chunk_tokens": 256, **settings}
-    return Encoder(model, source_fingerprint=family, precision="fp32", packed=family != "mamba", **settings)
+    return Encoder(model, source_fingerprint=family, packed=family != "mamba", **settings)
 
 
-def build_batch(encoder: Encoder, verbalizer: Verbalizer, triples: Any = None, *, share: float = 1.0) -> Batch:
+def build_batch(
+    encoder: Encoder, verbalizer: Verbalizer, triples: Any = None, *, share: float = 1.0, explicit: bool = True
+) -> Batch:
     """Return the batch of the graph's training triples, or of others, in one trie; every triple completed by default."""
     graph = verbalizer.graph
     builder = BatchBuilder(
-        graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=True, completion_share=share
+        graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=explicit, completion_share=share
     )
     chosen = graph.triples("train") if triples is None else np.asarray(triples)
     return builder.build(chosen, np.random.default_rng(3))
@@ -82,9 +87,10 @@ def gradients(
 
 
 def copied_gradients(encoder: Encoder) -> dict[str, Tensor]:
-    """Return a copy of the gradient of every parameter that learns."""
+    """Return a copy of the gradient of every parameter that learns; without L_exp the temperature has none."""
     learned = encoder.trainable()
-    assert all(parameter.grad is not None for parameter in learned.values())
+    missing = {name for name, parameter in learned.items() if parameter.grad is None}
+    assert missing <= {"log_inverse_temperature"}
     return {name: parameter.grad.clone() for name, parameter in learned.items() if parameter.grad is not None}
 
 

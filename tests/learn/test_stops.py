@@ -1,6 +1,7 @@
 """Claims about trainings that stop early: Ctrl-C, a polite kill, no number, no memory, no room on the disk."""
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -16,14 +17,17 @@ import pytest
 import torch
 
 from pykalm import api, cli
-from pykalm.errors import ModelError, TrainingError
+from pykalm.errors import ModelError, OutOfMemoryError, TrainingError
 from pykalm.learn import train as train_module
 from pykalm.learn.state import STATE_FILE, read_metrics
 from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.memory import explained_memory
 from pykalm.model import packing
+from pykalm.model import run as run_module
 from pykalm.model.run import Run, load_run
 from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.learn.workshop import SETTINGS, as_options, learned, require_same_training
+from tests.tiny_models import save_tiny_model
 
 Train = Callable[..., Run]
 
@@ -205,3 +209,67 @@ def test_a_model_that_cannot_be_had_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         api.train(tiny_graph(), out=tmp_path / "run", model=str(tmp_path / "nothing.gguf"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["load_base", "choose_passes"])
+def test_out_of_memory_at_the_start_and_when_a_run_is_opened_says_what_to_do(
+    place: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(training__max_steps=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_module, place, refuse)
+    message = r"out of memory: CUDA out of memory\. The model does not fit: take a smaller one"
+    with pytest.raises(OutOfMemoryError, match=message):
+        load_run(run.path, graph=tiny_graph())
+    with pytest.raises(OutOfMemoryError, match=message):
+        train("other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_validation_that_runs_out_of_memory_says_how_the_training_goes_on(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `Encoder.embed` says of itself is replaced by what the training knows better."""
+
+    def refuse() -> float:
+        with explained_memory("Lower something."):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(api, "_validation", lambda run: refuse)
+    with pytest.raises(TrainingError, match=r"out of memory: CUDA out of memory\. Lower training\.memory_tokens"):
+        train()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).is_file():
+            content = json.loads((model / name).read_text(encoding="utf-8"))
+            content.pop("eos_token", None)
+            (model / name).write_text(json.dumps(content), encoding="utf-8")
+    settings = {**SETTINGS, "training.max_steps": 1}
+    with pytest.raises(ModelError, match=r"wanted a tokenizer with an end token.*objective\.implicit=false"):
+        api.train(tiny_graph(), out=tmp_path / "run", model=str(model), settings=settings)
+    assert not (tmp_path / "run").exists()
+    api.train(tiny_graph(), out=tmp_path / "run", model=str(model), settings={**settings, "objective.implicit": False})
+
+
+@pytest.mark.parametrize("rate", [800.0, -800.0])
+def test_a_temperature_thrown_out_of_range_is_said_and_never_saved(
+    rate: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log(1/τ) moves by the whole learning rate in AdamW's first step; the sign of its gradient decides where to."""
+    right = train_module.joint_gradient
+
+    def push(encoder: Any, *arguments: Any, **options: Any) -> StepLoss:
+        loss = right(encoder, *arguments, **options)
+        encoder.log_inverse_temperature.grad.fill_(-1.0 if rate > 0 else 1.0)
+        return loss
+
+    monkeypatch.setattr(train_module, "joint_gradient", push)
+    with pytest.raises(TrainingError, match=r"step 1: wanted a temperature.*found (0\.0|inf)\. Lower training\.learn"):
+        train(training__learning_rate=abs(rate), training__warmup_share=0)
+    assert not (tmp_path / "run" / "adapter").exists()

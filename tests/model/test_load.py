@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, LlamaModel, PreTrainedModel, T5C
 from pykalm.errors import FetchError, ModelError
 from pykalm.model import known_models, load, pretrained
 from pykalm.model.known_models import KNOWN_MODELS, KnownModel, convert_from_wheel, converted_folder
-from pykalm.model.load import LanguageModel, end_token_id, load_language_model, resolve_device
+from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from tests.tiny_models import TOKENIZER_SIZE, save_tiny_model, tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([[5, 80, 13, 44, 200, 7]])
@@ -121,7 +121,6 @@ def test_a_folder_gives_the_saved_model_in_eval_mode(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded.model), logits(tiny_model("llama", vocab_size=TOKENIZER_SIZE)))
     assert not loaded.model.training
     assert loaded.source == str(tmp_path / "model")
-    assert end_token_id(loaded.tokenizer, loaded.model) == 2
 
 
 def test_weights_come_in_the_dtype_asked_for(tmp_path: Path) -> None:
@@ -354,20 +353,6 @@ def test_auto_prefers_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
 
 
-def test_the_end_token_is_the_tokenizers_else_the_models_else_an_error() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    tokenizer.eos_token = "<s>"
-    assert end_token_id(tokenizer, model) == 1
-    tokenizer.eos_token = None
-    assert end_token_id(tokenizer, model) == 2
-    model.generation_config.eos_token_id = [7, 8]  # type: ignore[union-attr]
-    assert end_token_id(tokenizer, model) == 7
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    model.config.eos_token_id = None
-    with pytest.raises(ModelError, match="wanted an end-of-text token in a vocabulary of 128, found None"):
-        end_token_id(tokenizer, model)
-
-
 @pytest.mark.slow
 def test_smollm2_is_fetched_converted_and_speaks(tmp_path: Path) -> None:
     loaded = load_language_model("smollm2-135m")
@@ -376,7 +361,6 @@ def test_smollm2_is_fetched_converted_and_speaks(tmp_path: Path) -> None:
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert tokenizer("Paris")["input_ids"] == tokenizer.convert_tokens_to_ids(["Paris"]), "nothing is put before a text"
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|im_end|>", "<|im_end|>")
-    assert end_token_id(tokenizer, loaded.model) == 2
     assert tokenizer.decode(tokenizer("France, capital: Paris\n")["input_ids"]) == "France, capital: Paris\n"
     prompt = tokenizer("The capital of France is Paris, and the capital of Germany is", return_tensors="pt")
     written = loaded.model.generate(**prompt, max_new_tokens=2, do_sample=False)  # type: ignore[operator]

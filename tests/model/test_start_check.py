@@ -1,12 +1,13 @@
 """Claims about the check at the start of a run: tokens that a model lacks, and passes that it cannot share."""
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import torch
 
-from pykalm.errors import ModelError
+from pykalm.errors import ModelError, OutOfMemoryError
 from pykalm.model import packing
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
@@ -80,3 +81,102 @@ def test_a_model_whose_config_has_dropout_is_taken_and_keeps_its_dropout_for_tra
     group = row_group(encoder.lay_out([verbalizer.query(0, 0)]), np.array([0]))
     encoder.train()
     assert not torch.equal(encoder(group, shared=True), encoder(group, shared=True))
+
+
+def test_the_checked_texts_are_queries_candidates_and_completions_with_the_longest_of_many() -> None:
+    """Forty triples of which one has a long head, that the few which are spread over the graph leave out."""
+    rows = tuple((i % 6, 0, (i + 1 + i // 6) % 6) for i in range(40))
+    graph = tiny_graph(tuple((3 if i == 11 else 0 if h == 3 else h, r, 1) for i, (h, r, _) in enumerate(rows)))
+    graph = dataclasses.replace(graph, entity_names=(*graph.entity_names[:3], "cy" * 20, *graph.entity_names[4:]))
+    verbalizer = tiny_verbalizer(graph)
+    texts = {text.tobytes() for text in packing._sample_texts(verbalizer)}
+    assert verbalizer.query(3, 0).tobytes() in texts
+    assert verbalizer.candidate(3).tobytes() in texts
+    assert verbalizer.completion(3, 0, 1).tokens.tobytes() in texts
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_text_longer_than_the_positions_of_a_model_is_said_at_the_start_and_when_it_is_read(family: str) -> None:
+    """One token a byte; the longest text is looked for in loops, with completions and without. One position less fails."""
+    verbalizer = tiny_verbalizer(tiny_graph())
+    longest = {
+        completions: max(
+            len(text)
+            for text in [
+                *(verbalizer.query(head, relation) for head in range(6) for relation in range(4)),
+                *verbalizer.candidates(np.arange(6)),
+                *([verbalizer.completion(head, relation, tail).tokens
+                   for head in range(6) for relation in range(4) for tail in range(6)] if completions else []),
+            ]
+        )
+        for completions in (False, True)
+    }  # fmt: skip
+    assert longest[True] > longest[False]
+    for completions in (False, True):
+        for spare in (0, -1):
+            positions = longest[completions] + spare
+            model = tiny_model(family, vocab_size=TOKENIZER_SIZE, max_position_embeddings=positions)
+            encoder = Encoder(model, source_fingerprint=family, precision="fp32")
+            if spare == 0:
+                packing.require_room(encoder, verbalizer, completions=completions)
+            else:
+                message = rf"at most {positions} tokens.*found one of {positions + 1}. Lower text.max_entity_tokens"
+                with pytest.raises(ModelError, match=message):
+                    packing.require_room(encoder, verbalizer, completions=completions)
+                with pytest.raises(ModelError, match=message):
+                    encoder.embed([np.arange(positions + 1)])
+
+
+def test_an_adapter_of_another_scale_has_another_fingerprint() -> None:
+    """Its weights are the same, its vectors are not."""
+    adapted = [
+        add_adapter(tiny_model("llama", vocab_size=TOKENIZER_SIZE), rank=4, alpha=alpha, seed=1)
+        for alpha in (8, 64, 64)
+    ]
+    encoders = [Encoder(model, source_fingerprint="llama", precision="fp32") for model in adapted]
+    eight, first, second = (encoder.fingerprint() for encoder in encoders)
+    assert first == second != eight
+
+
+def test_vectors_of_a_bfloat16_model_have_length_one_in_float32() -> None:
+    """float32 rounds a length by 1e-7; bfloat16 would by 4e-3."""
+    encoder, verbalizer = tiny_encoder(precision="bf16"), tiny_verbalizer(tiny_graph())
+    vectors = encoder.embed([*verbalizer.candidates(np.arange(6)), verbalizer.query(0, 0)])
+    assert vectors.dtype == torch.float32
+    assert float((vectors.double().norm(dim=1) - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_reading_texts_without_enough_memory_says_what_to_lower(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise error
+
+    encoder.train()
+    monkeypatch.setattr(encoder, "forward", refuse)
+    with pytest.raises(OutOfMemoryError, match=r"out of memory: .*Lower training\.chunk_tokens"):
+        encoder.embed(verbalizer.candidates(np.arange(6)))
+    assert encoder.training
+    with pytest.raises(OutOfMemoryError):
+        packing.choose_passes(encoder, verbalizer)
+
+
+def test_another_error_while_reading_texts_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny_encoder()
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(encoder, "forward", refuse)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        encoder.embed([np.arange(3)])

@@ -23,7 +23,13 @@ from pykalm.errors import ModelError, TrainingError
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
 from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
 from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
+
+MEMORY_REMEDY = (
+    "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens; the last save is "
+    "whole: go on with --resume --set training.memory_tokens=..."
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Trainer:
         with (
             _accelerator(self.config, self.folder) as accelerator,
             _one_interrupt() as interrupted,
-            _explained_memory(),
+            explained_memory(MEMORY_REMEDY, kind=TrainingError),
         ):
             optimizer = accelerator.prepare(_optimizer(parameters, self.config))
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
@@ -102,6 +108,7 @@ class Trainer:
                     group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
+                _require_temperature(self.encoder.temperature(), step, progress)
                 progress.step += 1
                 speed.stop(batch)
                 due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
@@ -215,6 +222,14 @@ def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress)
     )
 
 
+def _require_temperature(temperature: float, step: int, progress: Progress) -> None:
+    """Raise TrainingError after a step that threw τ out of what can be computed with, before it is used or saved."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise TrainingError(
+            f"step {step + 1}: wanted a temperature above 0 and finite, found {temperature}. {_advice(progress)}"
+        )
+
+
 def _advice(progress: Progress) -> str:
     kept = (
         "nothing was saved yet"
@@ -252,22 +267,6 @@ def _one_interrupt() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _explained_memory() -> Iterator[None]:
-    """Turn running out of memory into an error that says which setting to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in text:
-            raise
-        raise TrainingError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation refused'}. Lower "
-            "training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens; the last save "
-            "is whole: go on with --resume --set training.memory_tokens=..."
-        ) from error
 
 
 class _Speed:

@@ -8,8 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from pykalm.errors import ModelError
+from pykalm.memory import explained_memory
 from pykalm.model.attention import trie_attention
 from pykalm.text.trie import RowGroup, TokenIds, TokenTrie, build_trie, row_group
 
@@ -63,8 +66,18 @@ class Encoder(nn.Module):
         return int(self.causal_lm.get_output_embeddings().weight.shape[-1])
 
     def temperature(self) -> float:
-        """Return τ."""
-        return math.exp(-float(self.log_inverse_temperature.detach()))
+        """Return τ; inf or 0 where a training has thrown log(1/τ) out of range."""
+        return float(self.log_inverse_temperature.detach().double().neg().exp())
+
+    def require_room(self, num_tokens: int) -> None:
+        """Raise ModelError where a text of so many tokens is longer than the model has positions."""
+        positions = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < num_tokens:
+            raise ModelError(
+                f"{type(self.causal_lm).__name__}: wanted texts of at most {positions} tokens (max_position_embeddings), "
+                f"found one of {num_tokens}. Lower text.max_entity_tokens, text.max_relation_tokens or "
+                "text.max_answer_tokens, or take a model of longer texts."
+            )
 
     def lay_out(self, texts: Sequence[TokenIds]) -> TokenTrie:
         """Put texts into one trie, or one text a row where the model needs separate passes."""
@@ -101,26 +114,31 @@ class Encoder(nn.Module):
         """Return the vectors of N texts (N, D), float32 unit rows on the CPU, in eval mode and without gradient.
 
         Texts are laid out in sorted slices, so that those with a common prefix share it however many there are;
-        progress is called with (tokens done, tokens in all).
+        progress is called with (tokens done, tokens in all). Raises ModelError for a text longer than the model has
+        positions, and OutOfMemoryError.
         """
+        self.require_room(max(map(len, texts), default=0))
         order = sorted(range(len(texts)), key=[text.astype(">u4").tobytes() for text in texts].__getitem__)
         slices = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
         total, done = sum(len(text) for text in texts), 0
         vectors = torch.empty(len(texts), self.width)
         was_training = self.training
         self.eval()
-        for slice_ in slices:
-            chosen = [texts[i] for i in slice_]
-            trie = self.lay_out(chosen)
-            share = sum(len(text) for text in chosen) / trie.num_nodes
+        try:
+            with explained_memory("Lower training.chunk_tokens, the tokens that are computed at once."):
+                for slice_ in slices:
+                    chosen = [texts[i] for i in slice_]
+                    trie = self.lay_out(chosen)
+                    share = sum(len(text) for text in chosen) / trie.num_nodes
 
-            def report(nodes: int, base: int = done, share: float = share) -> None:
-                if progress is not None:
-                    progress(min(total, base + int(nodes * share)), total)
+                    def report(nodes: int, base: int = done, share: float = share) -> None:
+                        if progress is not None:
+                            progress(min(total, base + int(nodes * share)), total)
 
-            vectors[torch.tensor(slice_)] = self._embed_trie(trie, report)
-            done += sum(len(text) for text in chosen)
-        self.train(was_training)
+                    vectors[torch.tensor(slice_)] = self._embed_trie(trie, report)
+                    done += sum(len(text) for text in chosen)
+        finally:
+            self.train(was_training)
         return vectors
 
     def _embed_trie(self, trie: TokenTrie, report: Callable[[int], None]) -> Tensor:
@@ -147,6 +165,9 @@ class Encoder(nn.Module):
         for name, parameter in sorted({**self.trainable(), "τ": self.log_inverse_temperature}.items()):
             digest.update(name.encode())
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        for name, module in sorted(self.named_modules()):
+            if isinstance(module, LoraLayer):  # the weights alone do not say by how much they count
+                digest.update(f"{name} {sorted(module.scaling.items())}".encode())
         return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pykalm.errors import ModelError
 from pykalm.model.fingerprint import fingerprint_model
 from pykalm.model.known_models import KNOWN_MODELS, convert_from_wheel, converted_folder
-from pykalm.model.pretrained import Quantization, read_pretrained, read_tokenizer, vocabulary_size
+from pykalm.model.pretrained import Quantization, read_pretrained, read_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -190,21 +190,3 @@ def resolve_device(name: str) -> torch.device:
             "Set device to auto or cpu, or install a PyTorch build and driver for it."
         )
     return torch.device(name)
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """Return the token that ends a text: the tokenizer's, else the (first) one of the generation settings or config.
-
-    Raises ModelError where none is known, or where it lies outside the vocabulary. METHOD.md §3.
-    """
-    candidates = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    candidates.append(getattr(model.config.get_text_config(), "eos_token_id", None))
-    found = next((value for value in candidates if value is not None), None)
-    token = found[0] if isinstance(found, list) else found
-    vocabulary = vocabulary_size(model)
-    if token is None or not 0 <= token < vocabulary:
-        raise ModelError(
-            f"{model.name_or_path or type(model).__name__}: wanted an end-of-text token in a vocabulary of "
-            f"{vocabulary}, found {token}. Set eos_token in the folder's tokenizer_config.json."
-        )
-    return int(token)

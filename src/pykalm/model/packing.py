@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pykalm.errors import ModelError
+from pykalm.memory import is_out_of_memory
 from pykalm.model.encoder import Encoder
 from pykalm.model.pretrained import vocabulary_size
 from pykalm.text.trie import TokenIds
@@ -13,23 +14,46 @@ from pykalm.text.verbalize import Verbalizer
 
 log = logging.getLogger(__name__)
 
-# Largest distance of two unit vectors of one text. Rounding moves a 135M model by 6e-7 in float32 and 0.03 in bfloat16;
-# a wrong mask, position or window moves some text by 0.6 or more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-CHECKED_TRIPLES = 12
+# A trie may move a text's vector by four times what another grouping of the texts moves it, which is rounding alone, and
+# by FLOOR. Right masks stay below 1.5 times; a wrong mask, position or window moves some text by 0.1 or more, where in
+# bfloat16 rounding moves it by 0.02 (both measured on tiny models of ten families; rounding of a real 135M model: 0.02).
+NOISE_FACTOR = 4.0
+FLOOR = {torch.float32: 1e-3, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
+LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
+CHECKED_TRIPLES = 6
+SEARCHED_TRIPLES = 256
+LONGEST_TEXTS = 2
 
 
-def packed_difference(encoder: Encoder, texts: list[TokenIds]) -> float:
-    """Return the largest distance between the vectors of N texts in one trie and in separate passes."""
-    was_packed, was_row_tokens = encoder.packed, encoder.row_tokens
+def packed_difference(encoder: Encoder, texts: list[TokenIds]) -> tuple[float, float]:
+    """Return the largest distance between the vectors of N texts in one trie and each alone, and that of rounding.
+
+    Rounding is what moves a vector when a text is read in a padded group of texts instead of alone.
+    """
+    packed_row = max(encoder.row_tokens, sum(map(len, texts)) // 2)
+    packed = _embed_as(encoder, texts, packed=True, row_tokens=packed_row, chunk_tokens=encoder.chunk_tokens)
+    ways = (encoder.chunk_tokens, 1)  # one token at once is one text at once
+    grouped, alone = (
+        _embed_as(encoder, texts, packed=False, row_tokens=encoder.row_tokens, chunk_tokens=tokens) for tokens in ways
+    )
+    return tuple(float((vectors - alone).norm(dim=1).max()) for vectors in (packed, grouped))  # type: ignore[return-value]
+
+
+def largest_allowed(encoder: Encoder, noise: float) -> float:
+    """Return the distance up to which a trie is read as separate texts are, where rounding moves them by `noise`."""
+    return NOISE_FACTOR * noise + FLOOR[encoder.compute_dtype]
+
+
+def _embed_as(
+    encoder: Encoder, texts: list[TokenIds], *, packed: bool, row_tokens: int, chunk_tokens: int
+) -> torch.Tensor:
+    """Embed texts with other passes than the encoder's own, which it keeps."""
+    kept = encoder.packed, encoder.row_tokens, encoder.chunk_tokens
     try:
-        encoder.packed, encoder.row_tokens = True, max(was_row_tokens, sum(map(len, texts)) // 2)
-        packed = encoder.embed(texts)
-        encoder.packed = False
-        separate = encoder.embed(texts)
+        encoder.packed, encoder.row_tokens, encoder.chunk_tokens = packed, row_tokens, chunk_tokens
+        return encoder.embed(texts)
     finally:
-        encoder.packed, encoder.row_tokens = was_packed, was_row_tokens
-    return float((packed - separate).norm(dim=1).max())
+        encoder.packed, encoder.row_tokens, encoder.chunk_tokens = kept
 
 
 def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
@@ -38,20 +62,20 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     Real texts of the graph are read both ways. METHOD.md §6.
     """
     texts = _sample_texts(verbalizer)
-    _require_room(encoder, texts)
+    _require_known_tokens(encoder, texts)
     name = type(encoder.causal_lm).__name__
     try:
-        difference = packed_difference(encoder, texts)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the mask
+        difference, noise = packed_difference(encoder, texts)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise  # says nothing about the mask
         log.info("%s takes no attention mask of its own (%s)", name, error)
-        difference = float("inf")
-    encoder.packed = difference <= TOLERANCE[encoder.compute_dtype]
+        difference, noise = float("inf"), 0.0
+    encoder.packed = difference <= largest_allowed(encoder, noise)
     if not encoder.packed:
         log.warning(
-            "%s does not read a token trie as it reads separate texts (vectors differ by %.2g); taking separate passes: "
-            "same result, slower.", name, difference,
+            "%s does not read a token trie as it reads separate texts (vectors differ by %.2g, rounding by %.2g); taking "
+            "separate passes: same result, slower.", name, difference, noise,
         )  # fmt: skip
 
 
@@ -69,27 +93,63 @@ def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
         own = encoder.causal_lm(input_ids=text, use_cache=False).logits[0].float()
         states = encoder.causal_lm.base_model(input_ids=text, use_cache=False)[0][0]
     difference = float((encoder.logits(states) - own).abs().max() / own.abs().max().clamp_min(1e-6))
-    if not difference < TOLERANCE[encoder.compute_dtype]:
+    if not difference < LOGIT_TOLERANCE[encoder.compute_dtype]:
         raise ModelError(
             f"{type(encoder.causal_lm).__name__} changes its logits after the output head in a way that kalm does not know "
             f"(they differ by {difference:.2g} of the largest). Train with objective.implicit=false, or report the model."
         )
 
 
-def _sample_texts(verbalizer: Verbalizer) -> list[TokenIds]:
-    """Return queries, candidates and completions of a few triples, spread over the graph."""
+def require_room(encoder: Encoder, verbalizer: Verbalizer, *, completions: bool) -> None:
+    """Raise ModelError where a text of the graph can be longer than the model has positions.
+
+    Cheap where the cuts leave room enough; else the longest query, candidate and completion are looked for.
+    """
+    settings = verbalizer.settings
+    longest = max(map(len, _sample_texts(verbalizer, completions=completions)))
+    cuts = settings.max_entity_tokens + settings.max_relation_tokens + completions * settings.max_answer_tokens
+    try:
+        encoder.require_room(longest + cuts)
+    except ModelError:
+        encoder.require_room(_longest_text(verbalizer, completions=completions))
+
+
+def _longest_text(verbalizer: Verbalizer, *, completions: bool) -> int:
+    """Return the tokens of the longest text that the graph's entities and relations can be put into."""
     graph = verbalizer.graph
-    triples = graph.triples("train")
-    rows = triples[np.linspace(0, len(triples) - 1, min(len(triples), CHECKED_TRIPLES)).astype(int)]
+    entities, relations = np.arange(graph.num_entities), np.arange(2 * graph.num_relations)
+    candidates = [len(text) for text in verbalizer.candidates(entities)]
+    head = int(np.argmax(candidates))
+    queries = [len(verbalizer.query(head, int(relation))) for relation in relations]
+    relation = int(np.argmax(queries))
+    answers = [len(verbalizer.completion(head, relation, int(tail)).tokens) for tail in entities] if completions else []
+    return max([*candidates, *queries, *answers])
+
+
+def _sample_texts(verbalizer: Verbalizer, *, completions: bool = True) -> list[TokenIds]:
+    """Return queries, candidates and completions of a few triples spread over the graph, and the longest of many.
+
+    No completions where the tokenizer has no end token, with which they would end: a run without them is possible.
+    """
+    spread, searched = (_texts_of(verbalizer, number, completions) for number in (CHECKED_TRIPLES, SEARCHED_TRIPLES))
+    longest = [sorted(texts, key=len)[-LONGEST_TEXTS:] for texts in searched]
+    return [text for texts in (*spread, *longest) for text in texts]
+
+
+def _texts_of(verbalizer: Verbalizer, num_triples: int, completions: bool) -> list[list[TokenIds]]:
+    """Return the queries, candidates and completions of so many training triples."""
+    triples = verbalizer.graph.triples("train")
+    rows = triples[np.linspace(0, len(triples) - 1, min(len(triples), num_triples)).astype(int)]
     heads, relations, tails = rows.T
+    can_end = completions and verbalizer.tokenizer.eos_token_id is not None
     return [
-        *verbalizer.queries(heads, relations),
-        *verbalizer.queries(heads, np.roll(relations, 1)),
-        *verbalizer.candidates(np.unique(np.concatenate([heads, tails]))),
+        [*verbalizer.queries(heads, relations), *verbalizer.queries(heads, np.roll(relations, 1))],
+        verbalizer.candidates(np.unique(np.concatenate([heads, tails]))),
+        [verbalizer.completion(*map(int, row)).tokens for row in rows] if can_end else [],
     ]
 
 
-def _require_room(encoder: Encoder, texts: list[TokenIds]) -> None:
+def _require_known_tokens(encoder: Encoder, texts: list[TokenIds]) -> None:
     """Raise ModelError where texts have tokens that the model does not know, as with a tokenizer of another model."""
     largest, known = max(int(text.max()) for text in texts), vocabulary_size(encoder.causal_lm)
     if largest >= known:

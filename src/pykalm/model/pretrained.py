@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from pykalm.errors import ModelError
+from pykalm.memory import is_out_of_memory
 
 Quantization = Literal["none", "4bit"]
 
@@ -133,9 +134,9 @@ def _read_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, output_loading_info=True, **where, **settings
         )
-    except torch.OutOfMemoryError:
-        raise  # the files are fine, the device is too small: whoever chose both says what to lower
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise  # the files are fine, the device is too small: whoever chose both says what to lower
         raise ModelError(
             f"{name}: cannot read the model's weights: {_first_line(error)} "
             "They are missing or damaged: download or convert the model again."

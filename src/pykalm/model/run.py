@@ -24,10 +24,11 @@ from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunErr
 from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
+from pykalm.memory import explained_memory
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
-from pykalm.model.packing import choose_passes, require_own_logits
+from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
@@ -37,6 +38,11 @@ FORMAT = 1
 ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, "model_fingerprint": str,
              "graph_fingerprint": str}  # fmt: skip
 """What alignment.json must hold to be used, besides what is there for the reader."""
+
+MEMORY_REMEDY = (
+    "The model does not fit: take a smaller one, training.precision=bf16, adapter.quantize=4bit (on a GPU), another "
+    "device, or, where it was reading texts, a lower training.chunk_tokens."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +88,11 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
             "with --resume."
         )
     graph.require_trainable()
-    language_model = load_base(config)
-    run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
-    if config.objective.implicit:
-        require_own_logits(run.encoder, run.verbalizer)
+    with explained_memory(MEMORY_REMEDY):
+        language_model = load_base(config)
+        run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
+        if config.objective.implicit:
+            require_own_logits(run.encoder, run.verbalizer)
     replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     return run
 
@@ -109,6 +116,9 @@ def build_run(
         )  # fmt: skip
     encoder = build_encoder(model, language_model, config, temperature=temperature)
     verbalizer = Verbalizer(graph, language_model.tokenizer, config.text, templates=templates)
+    if config.objective.implicit:
+        verbalizer.end_token_id()
+    require_room(encoder, verbalizer, completions=config.objective.implicit)
     choose_passes(encoder, verbalizer)
     return Run(path, config, graph, encoder, verbalizer)
 
@@ -151,11 +161,12 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
         )
     if graph is None:
         graph = _graph_of(path, config, alignment)
-    language_model, model, alignment = _load_aligned(path, config, device)
-    run = build_run(
-        path, config, graph, language_model, temperature=1.0,
-        model=model, templates=Templates.from_dict(alignment["templates"]),
-    )  # fmt: skip
+    with explained_memory(MEMORY_REMEDY):
+        language_model, model, alignment = _load_aligned(path, config, device)
+        run = build_run(
+            path, config, graph, language_model, temperature=1.0,
+            model=model, templates=Templates.from_dict(alignment["templates"]),
+        )  # fmt: skip
     _require_same_tokenizer(run, alignment)
     with torch.no_grad():
         run.encoder.log_inverse_temperature.fill_(alignment["log_inverse_temperature"])
