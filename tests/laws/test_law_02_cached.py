@@ -1,10 +1,12 @@
 """Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from pykalm.learn import step
+from pykalm.model.encoder import Encoder
 from tests.laws.common import (
     build_batch,
     gradients,
@@ -47,6 +49,26 @@ def test_each_objective_alone_has_its_own_gradient() -> None:
         )
         expected = {name: explicit[name] + 3 * (one[name] - explicit[name]) for name in one}
         assert largest_difference(three, expected) < 1e-4
+
+
+def test_the_first_pass_is_left_out_where_no_vector_is_learned_from() -> None:
+    """Without L_exp, cached gradients read every chunk once, and are those of one graph, dropout included."""
+    encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=64).train()
+    verbalizer = tiny_verbalizer(tiny_graph())
+    batch = build_batch(encoder, verbalizer, explicit=False)
+    one_shot_loss, one_shot = gradients(encoder, batch)
+    passes, right = [], Encoder.forward
+
+    def counted(self: Encoder, *arguments: Any, **options: Any) -> torch.Tensor:
+        passes.append(1)
+        return right(self, *arguments, **options)
+
+    with replaced(Encoder, "forward", counted):
+        cached_loss, cached = gradients(encoder, batch, memory_tokens=1)
+    assert len(passes) == len(batch.trie.chunks(encoder.chunk_tokens)) > 1
+    assert cached_loss.explicit == one_shot_loss.explicit == 0
+    assert abs(cached_loss.total - one_shot_loss.total) < 1e-5
+    assert largest_difference(cached, one_shot) < 2e-5
 
 
 def second_pass_draws_other_dropout() -> AbstractContextManager[None]:

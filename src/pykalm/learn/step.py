@@ -69,23 +69,28 @@ def _cached(
 ) -> StepLoss:
     device = encoder.device
     generators, vectors = [], []
-    for chunk in chunks:
-        generators.append(_random_state(device))
-        with torch.no_grad():
-            vectors.append(pooled(_at(encoder(chunk.group, shared=batch.trie.shared), chunk.pooled_places)))
-    leaves = _in_order(vectors, chunks, len(pooled_nodes)).requires_grad_()
-    explicit = _explicit(encoder, batch, objective, leaves, pooled_nodes)
-    if explicit.requires_grad:
+    explicit, gradient = torch.zeros((), device=device), None
+    if len(batch.positives):  # else there is nothing to learn from vectors, and the first pass would be for nothing
+        for chunk in chunks:
+            generators.append(_random_state(device))
+            with torch.no_grad():
+                vectors.append(pooled(_at(encoder(chunk.group, shared=batch.trie.shared), chunk.pooled_places)))
+        leaves = _in_order(vectors, chunks, len(pooled_nodes)).requires_grad_()
+        explicit = _explicit(encoder, batch, objective, leaves, pooled_nodes)
         explicit.backward()  # type: ignore[no-untyped-call]
-    gradient = torch.zeros_like(leaves) if leaves.grad is None else leaves.grad
+        gradient = leaves.grad
     implicit, count = 0.0, max(1, len(batch.answer_nodes))
-    for chunk, generator in zip(chunks, generators, strict=True):
-        _set_random_state(device, generator)
+    for number, chunk in enumerate(chunks):
+        if gradient is not None:
+            _set_random_state(device, generators[number])
         states = encoder(chunk.group, shared=batch.trie.shared)
-        vector = pooled(_at(states, chunk.pooled_places))
         chunk_implicit = _implicit_sum(encoder, batch, states, chunk) / count
-        surrogate = (vector * gradient[torch.from_numpy(chunk.pooled).to(device)]).sum()
-        (surrogate + objective.implicit_weight * chunk_implicit).backward()  # type: ignore[no-untyped-call]
+        total = objective.implicit_weight * chunk_implicit
+        if gradient is not None:
+            vector = pooled(_at(states, chunk.pooled_places))
+            total = total + (vector * gradient[torch.from_numpy(chunk.pooled).to(device)]).sum()
+        if total.requires_grad:
+            total.backward()  # type: ignore[no-untyped-call]
         implicit += float(chunk_implicit.detach())
     return StepLoss(float(explicit.detach()) + objective.implicit_weight * implicit, float(explicit.detach()), implicit)
 
