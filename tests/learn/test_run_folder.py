@@ -1,6 +1,7 @@
 """Claims about the folder of a run: one writer at a time, rights, places that cannot be written to."""
 
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -172,6 +173,18 @@ def test_weights_and_temperature_of_two_saves_are_never_mixed(trained: Run, monk
     run = load_run(trained.path, graph=tiny_graph())
     assert float(run.encoder.log_inverse_temperature.detach()) == 7.0
     assert run.encoder.fingerprint() == trained.encoder.fingerprint()
+
+
+def test_a_run_is_asked_with_the_wordings_that_were_saved_with_it(trained: Run) -> None:
+    """Not with those that its template's name stands for in the version of kalm that opens it."""
+    file = trained.adapter_folder / "alignment.json"
+    alignment = json.loads(file.read_text(encoding="utf-8"))
+    alignment["templates"] |= {"query": "about {head} and {relation}?", "candidate": "is it {entity}?"}
+    file.write_text(json.dumps(alignment), encoding="utf-8")
+    run = load_run(trained.path, graph=tiny_graph())
+    decode = run.verbalizer.tokenizer.decode
+    assert decode(run.verbalizer.query(2, 1)) == "about bo: a baker of bread and likes?"
+    assert decode(run.verbalizer.candidate(1)) == "is it ada b?"
 
 
 def test_a_run_that_changes_under_every_look_is_said(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,47 @@ def test_the_rate_of_the_schedule_is_the_one_that_the_optimiser_uses(train: Trai
     assert seen == [learning_rate(step, 6, config) for step in range(6)]
 
 
+def spy_on_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Note, as the optimiser takes a step, what it was given: rate and decay by parameter, and the gradient's length."""
+    seen: list[dict[str, Any]] = []
+    right = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append({
+            "rates": {group["lr"] for group in self.param_groups},
+            "decays": {p.dim(): group["weight_decay"] for group in self.param_groups for p in group["params"]},
+            "norm": math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in gradients)),
+        })  # fmt: skip
+        return right(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return seen
+
+
+def test_every_step_is_taken_at_the_rate_of_the_schedule(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_steps(monkeypatch)
+    train(training__schedule="linear")
+    config = Config(graph="x", training={"learning_rate": 0.01, "schedule": "linear"})
+    assert [step["rates"] for step in seen] == [{learning_rate(number, 6, config)} for number in range(6)]
+
+
+def test_matrices_are_decayed_and_the_temperature_is_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decayed log(1/τ) would pull τ towards 1, whatever the loss wants."""
+    seen = spy_on_steps(monkeypatch)
+    train(training__weight_decay=0.3, training__max_steps=1)
+    assert [step["decays"] for step in seen] == [{2: 0.3, 0: 0.0}]
+
+
+def test_gradients_are_cut_to_the_length_that_is_set(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics.jsonl holds the length before; 1e-6 is what torch adds to it before it divides."""
+    seen = spy_on_steps(monkeypatch)
+    run = train(training__clip_norm=0.01)
+    before = [line["gradient_norm"] for line in read_metrics(run.path)]
+    assert min(before) > 0.02
+    assert [step["norm"] for step in seen] == pytest.approx([0.01] * 6, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "epochs_seen"),
     [
