@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pykalm.errors import GraphError, ModelError, RunError
+from pykalm.errors import GraphError, ModelError, RunError, UsageError
 from pykalm.evaluate.links import evaluate_links, validation_mrr
 from pykalm.evaluate.similarity import sample_triples, similarity_matrix
 from pykalm.graph.graph import KnowledgeGraph
@@ -23,6 +23,7 @@ from tests.evaluate.fakes import (
     PARIS,
     SPAIN,
     STATE,
+    TBILISI,
     FakeEncoder,
     FakeTexts,
     geography,
@@ -163,6 +164,29 @@ def test_a_split_that_is_missing_or_empty_is_refused() -> None:
     for graph, split in ((geography(test=[]), "test"), (geography(), "tset")):
         with pytest.raises(GraphError, match=f"'{split}'"):
             evaluate_links(graph, FakeEncoder(), FakeTexts(), split=split)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(UsageError, match=f"found {limit}"):
+        evaluate_links(geography(), FakeEncoder(), FakeTexts(), limit=limit)
+
+
+def test_what_only_valid_or_only_test_knows_is_removed_in_both_directions() -> None:
+    """By hand: of the seven entities, (France, borders, ?) has lost Spain (train), Madrid (valid), Paris (test).
+
+    (?, borders, Georgia) has lost Tbilisi (valid) and the state (test), so that two are away beside the answer.
+    """
+    graph = geography(
+        valid=[(FRANCE, BORDERS, MADRID), (TBILISI, BORDERS, GEORGIA)],
+        test=[(FRANCE, BORDERS, GEORGIA), (FRANCE, BORDERS, PARIS), (STATE, BORDERS, GEORGIA)],
+    )
+    report, _ = evaluate_links(graph, FakeEncoder(), FakeTexts())
+    assert report.tail.num_candidates.tolist() == [4, 4, 7]
+    assert report.head.num_candidates.tolist() == [5, 7, 5]
+    valid, _ = evaluate_links(graph, FakeEncoder(), FakeTexts(), split="valid")
+    assert valid.tail.num_candidates.tolist() == [4, 7]
+    assert valid.head.num_candidates.tolist() == [7, 5]
 
 
 def test_similarity_has_the_pairs_on_its_diagonal() -> None:

@@ -1,7 +1,7 @@
-"""Law 7: ranks equal a brute-force loop, are ordered, are (n + 1) / 2 where all is equal; NaN raises."""
+"""Law 7: ranks equal a brute-force loop, filtered by every split; all equal gives (n + 1) / 2; NaN raises."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import numpy as np
@@ -9,11 +9,27 @@ import pytest
 import torch
 
 from pykalm.errors import ModelError
-from pykalm.evaluate import ranking
+from pykalm.evaluate import links, ranking
+from pykalm.evaluate.links import evaluate_links
 from pykalm.evaluate.ranking import RankTable, rank, rank_metrics
 from pykalm.graph.graph import IntArray
+from pykalm.graph.known import known_answers
 from pykalm.model import index
 from pykalm.model.index import distinct_rows
+from tests.evaluate.fakes import (
+    BORDERS,
+    FRANCE,
+    GEORGIA,
+    MADRID,
+    PARIS,
+    SPAIN,
+    STATE,
+    TBILISI,
+    FakeEncoder,
+    FakeTexts,
+    geography,
+)
+from tests.laws.common import replaced
 
 Case = tuple[torch.Tensor, torch.Tensor, IntArray, IntArray, tuple[IntArray, IntArray]]
 
@@ -88,6 +104,21 @@ def test_known_answers_are_removed_not_lowered() -> None:
         known=(np.array([0, 2]), np.array([0, 1])),
     )
     assert columns(table) == [(1, 1.0, 1, 2)]
+
+
+def test_answers_that_any_split_knows_are_removed() -> None:
+    """(France, borders, ?), asked for Georgia: Spain is in train, Madrid in valid, Paris in test; of seven, four are left.
+
+    (?, borders, Georgia), asked for France: Tbilisi is in valid, the state in test; five are left.
+    """
+    graph = geography(
+        train=[(FRANCE, BORDERS, SPAIN)],
+        valid=[(FRANCE, BORDERS, MADRID), (TBILISI, BORDERS, GEORGIA)],
+        test=[(FRANCE, BORDERS, GEORGIA), (FRANCE, BORDERS, PARIS), (STATE, BORDERS, GEORGIA)],
+    )
+    report, _ = evaluate_links(graph, FakeEncoder(), FakeTexts())
+    assert report.tail.num_candidates.tolist() == [4, 4, 7]
+    assert report.head.num_candidates.tolist() == [5, 7, 5]
 
 
 def test_optimistic_realistic_and_pessimistic_are_in_order() -> None:
@@ -175,13 +206,27 @@ def nan_is_ranked() -> Iterator[None]:
         yield
 
 
+def only_train_is_removed() -> AbstractContextManager[None]:
+    """Filter by what training knows: answers that valid or test know then count as wrong."""
+    return replaced(links, "known_answers", lambda graph: known_answers(graph, ["train"]))
+
+
+def only_train_and_valid_are_removed() -> AbstractContextManager[None]:
+    """Filter by what was known before the test."""
+    return replaced(links, "known_answers", lambda graph: known_answers(graph, ["train", "valid"]))
+
+
 BREAKS = {
     "ranks report ties in our favour": ties_in_our_favour,
     "known answers lowered by 1, not removed": known_answers_lowered_by_one,
     "NaN gets a rank": nan_is_ranked,
+    "only what train knows is removed": only_train_is_removed,
+    "what test knows is not removed": only_train_and_valid_are_removed,
 }
 CHECKS = {
     "ranks report ties in our favour": "test_all_equal_scores_give_half_of_n_plus_one",
     "known answers lowered by 1, not removed": "test_known_answers_are_removed_not_lowered",
     "NaN gets a rank": "test_a_score_that_is_no_number_raises",
+    "only what train knows is removed": "test_answers_that_any_split_knows_are_removed",
+    "what test knows is not removed": "test_answers_that_any_split_knows_are_removed",
 }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykalm.errors import GraphError
+from pykalm.errors import GraphError, UsageError
 from pykalm.evaluate.ranking import (
     CHUNK_QUERIES,
     RankMetrics,
@@ -115,8 +115,8 @@ def evaluate_links(
     """Measure link prediction on a split, or on `limit` of its triples drawn by seed, over all entities.
 
     With an index only the queries are embedded, without one the entities too, in the same pass. Returns the
-    report and the index, to be saved. Raises GraphError for a split that is missing or empty, RunError for a
-    stale index, ModelError where a score is NaN.
+    report and the index, to be saved. Raises GraphError for a split that is missing or empty, UsageError for a
+    limit below 1, RunError for a stale index, ModelError where a score is NaN.
     """
     triples, sampling = _choose_triples(graph, split, limit, seed)
     rows = both_directions(triples, graph.num_relations)
@@ -170,6 +170,8 @@ def rank_links(
 
 def _choose_triples(graph: KnowledgeGraph, split: str, limit: int | None, seed: int) -> tuple[IntArray, str]:
     """Return the triples to ask about, in the order of the split, and words that say which these are."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"wanted a limit of at least one triple, found {limit}. Leave it out to ask about all.")
     triples = graph.triples(split)
     if not len(triples):
         raise GraphError(f"graph '{graph.name}': split '{split}' is empty. Take another one.")
