@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pykalm.api import (
+        UnsavedReport,
         check_data,
         evaluate_links,
         fetch_data,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "KalmError",
+    "UnsavedReport",
     "__version__",
     "catalogue_table",
     "check_data",

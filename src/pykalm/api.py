@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykalm.config import Config, load_config
-from pykalm.errors import ConfigError, RunError
+from pykalm.errors import ConfigError, KalmError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
@@ -28,9 +30,11 @@ from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
 
 __all__ = [
-    "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "check_data",
-    "evaluate_links", "fetch_data", "list_data", "load_graph", "load_run", "predict", "train",
+    "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "UnsavedReport",
+    "check_data", "evaluate_links", "fetch_data", "list_data", "load_graph", "load_run", "predict", "train",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 FREE = (
     "training.memory_tokens",
@@ -72,10 +76,18 @@ def train(
     return load_run(out, device=config.training.device, graph=loaded)
 
 
+class UnsavedReport(RunError):
+    """Say that a measurement is done but could not be written; `report` holds it."""
+
+    def __init__(self, message: str, report: LinkPredictionReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 def evaluate_links(
     run: Run,
     *,
-    split: str = "test",
+    split: str | None = None,
     baseline: bool = False,
     graph: KnowledgeGraph | str | Path | None = None,
     limit: int | None = None,
@@ -83,9 +95,12 @@ def evaluate_links(
 ) -> LinkPredictionReport:
     """Measure link prediction in both directions over all entities, and save it under RUN/results. EVALUATION.md §1.
 
-    baseline: measure the unaligned model instead, same protocol; graph: another graph than the one of the run, whose
-    relations and entities it may never have seen; limit: so many triples only, drawn by seed.
+    split: evaluation.split of the run by default; baseline: measure the unaligned model instead, same protocol; graph:
+    another graph than the one of the run, whose relations and entities it may never have seen; limit: so many triples
+    only, drawn by seed. Raises UnsavedReport, which holds the report, where RUN/results cannot be written; UsageError
+    for a limit below 1.
     """
+    split = run.config.evaluation.split if split is None else split
     if graph is not None:
         other = graph if isinstance(graph, KnowledgeGraph) else load_graph(graph)
         run = dataclasses.replace(run, graph=other, verbalizer=run.verbalizer.for_graph(other))
@@ -103,11 +118,14 @@ def evaluate_links(
         about=_about(run, baseline=baseline),
         progress=progress,
     )
-    parts = ["links", run.graph.name if graph is not None else "", split if split != "test" else "",
-             f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
-    report.save(run.path / "results", ".".join(part for part in parts if part))
     if own:
-        index.save(run.path / "index")
+        _keep_index(index, run.path / "index")
+    parts = ["links", _graph_label(run.graph) if graph is not None else "", split if split != "test" else "",
+             f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
+    try:
+        report.save(run.path / "results", ".".join(part for part in parts if part))
+    except KalmError as error:
+        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
     return report
 
 
@@ -134,7 +152,7 @@ def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:
     index = _fresh_index(run)
     if index is None:
         index = build_index(run.encoder, run.verbalizer, run.graph.num_entities, progress=progress)
-        index.save(run.path / "index")
+        _keep_index(index, run.path / "index")
     return index
 
 
@@ -258,6 +276,19 @@ def _fresh_index(run: Run) -> EntityIndex | None:
         return EntityIndex.load(run.path / "index", expected_fingerprint=index_fingerprint(run.encoder, run.verbalizer))
     except RunError:
         return None
+
+
+def _keep_index(index: EntityIndex, folder: Path) -> None:
+    """Save entity vectors for the next time, where that is possible: they can always be computed again."""
+    try:
+        index.save(folder)
+    except KalmError as error:
+        log.warning("kalm: the entity vectors are not kept for the next time. %s", error)
+
+
+def _graph_label(graph: KnowledgeGraph) -> str:
+    """Name a graph in the name of a file: graphs of one name in different folders have files of their own."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', graph.name)}-{graph.fingerprint()[:6]}"
 
 
 def _about(run: Run, *, baseline: bool) -> dict[str, object]:

@@ -155,7 +155,9 @@ def train(
 def evaluate_links(
     folder: RunFolder,
     *,
-    split: Annotated[str, typer.Option(help="Split whose triples are asked: test or valid.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split whose triples are asked; evaluation.split of the run by default.")
+    ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Measure the unaligned model.")] = False,
     graph: Annotated[
         str | None, typer.Option(help="Another graph, of which the run may know no entity (inductive).")
@@ -166,15 +168,23 @@ def evaluate_links(
 ) -> None:
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
     run = pykalm.load_run(folder, device=device)
-    with show_progress("evaluating") as watch:
-        report = pykalm.evaluate_links(run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch)
+    unsaved = None
+    try:
+        with show_progress("evaluating") as watch:
+            report = pykalm.evaluate_links(
+                run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch
+            )
+    except pykalm.UnsavedReport as error:
+        report, unsaved = error.report, error
     result = report.to_dict()
-    say(f"Saved in {folder / 'results'}")
+    say(f"Saved in {folder / 'results'}") if unsaved is None else None
     if as_json:
         print_json(result)
     else:
         print_table(pykalm.relation_table(result))
         print_table(pykalm.link_prediction_table({"unaligned" if baseline else "aligned": result}))
+    if unsaved is not None:
+        raise unsaved
 
 
 @app.command()

@@ -1,14 +1,18 @@
 """Claims about the public calls on a trained run: what they measure, where they save it, what they reuse."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from pykalm import api
+from pykalm import api, cli
 from pykalm.errors import GraphError
+from pykalm.evaluate import links
+from pykalm.evaluate.ranking import RankMetrics, RankTable, rank_metrics
 from pykalm.model.run import Run
 from tests.laws.common import tiny_graph
 from tests.learn.workshop import write_graph
@@ -18,13 +22,14 @@ Train = Callable[..., Run]
 
 def test_every_kind_of_measurement_has_a_file_of_its_own(train: Train, tmp_path: Path) -> None:
     run, other = train(), write_graph(tmp_path / "other")
+    label = f"other-{api.load_graph(other).fingerprint()[:6]}"
     calls = {
         "links": {},
         "links.valid": {"split": "valid"},
         "links.baseline": {"baseline": True},
         "links.train.3-triples": {"split": "train", "limit": 3},
-        "links.other": {"graph": other},
-        "links.other.2-triples.baseline": {"graph": str(other), "limit": 2, "baseline": True},
+        f"links.{label}": {"graph": other},
+        f"links.{label}.2-triples.baseline": {"graph": str(other), "limit": 2, "baseline": True},
     }
     reports = {name: api.evaluate_links(run, **options) for name, options in calls.items()}  # type: ignore[arg-type]
     assert sorted(path.name for path in (run.path / "results").glob("*.json")) == sorted(
@@ -63,6 +68,65 @@ def test_entity_vectors_are_saved_once_and_used_by_predictions(train: Train, mon
     assert {answer.name: answer.known_in for answer in backwards.answers if answer.known_in} == {"cy": "test"}
     free = api.predict(run, head="zoe", description="a poet", relation="knows", k=2)
     assert (free.entity.id, free.how, len(free.answers)) == (None, "free text", 2)
+
+
+def test_graphs_of_one_name_and_graphs_with_slashes_have_files_of_their_own(train: Train, tmp_path: Path) -> None:
+    run = train()
+    one, two = write_graph(tmp_path / "a" / "same"), write_graph(tmp_path / "b" / "same", num_triples=40)
+    slashed = dataclasses.replace(tiny_graph(), name="../out/of it")
+    for graph in (one, two, slashed):
+        api.evaluate_links(run, graph=graph, limit=1)
+    names = {path.name for path in (run.path / "results").iterdir()}
+    assert len(names) == 6
+    assert len([name for name in names if name.startswith("links.same-")]) == 4
+    assert len([name for name in names if name.startswith("links._out_of_it-")]) == 2
+
+
+def test_the_split_that_is_asked_is_a_setting(train: Train) -> None:
+    run = train(evaluation__split="valid")
+    assert api.evaluate_links(run).split == "valid"
+    assert api.evaluate_links(run, split="test").split == "test"
+
+
+def test_what_cannot_be_saved_is_shown_all_the_same(
+    train: Train, capsys: pytest.CaptureFixture[str], graph_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file stands where the folders would be made: neither results nor index can be written."""
+    run = train(graph=graph_folder, evaluation__split="valid")
+    for name in ("results", "index"):
+        (run.path / name).write_text("", encoding="utf-8")
+    with pytest.raises(api.UnsavedReport, match="measured, but not saved") as raised:
+        api.evaluate_links(run)
+    assert raised.value.report.mean.num_queries == 20
+    assert "not kept" in caplog.text
+    assert len(api.predict(run, head="name 1", relation="knows", k=2).answers) == 2
+    assert cli.main(["evaluate", "links", str(run.path), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(json.dumps(raised.value.report.to_dict()))
+    assert "not saved" in printed.err
+    assert "Saved in" not in printed.err
+
+
+def test_validation_measures_the_sample_of_valid(
+    train: Train, graph_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Valid has ten triples: each is asked both ways, or those that the settings allow."""
+    measured: list[RankTable] = []
+
+    def remember(ranks: RankTable) -> RankMetrics:
+        measured.append(ranks)
+        return rank_metrics(ranks)
+
+    for triples, queries in ((None, 20), (500, 20), (3, 6)):
+        run = train(f"run-{triples}", graph=graph_folder, training__validation_triples=triples)
+        validate = api._validation(run)
+        assert validate is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(links, "rank_metrics", remember)
+            mrr = validate()
+        ranks = measured.pop()
+        assert (len(ranks), measured) == (queries, [])
+        assert mrr == pytest.approx(float(np.mean(1 / ranks.realistic)))
 
 
 def test_a_wrong_question_is_refused(train: Train) -> None:

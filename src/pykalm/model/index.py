@@ -87,12 +87,12 @@ class EntityIndex:
         description = _read_description(folder / DESCRIPTION_FILE)
         _require_fingerprint(str(description.get("fingerprint")), expected_fingerprint, str(folder))
         path = folder / VECTORS_FILE
-        if not path.is_file() or _file_hash(path) != description.get("sha256"):
-            raise _damaged(path, "the file is missing or its sha256 is not the one in index.json")
         try:
+            if not path.is_file() or _file_hash(path) != description.get("sha256"):
+                raise _damaged(path, "the file is missing or its sha256 is not the one in index.json")
             tensors = load_file(path)
             return EntityIndex(tensors["vectors"], tensors["row_of_entity"].numpy(), expected_fingerprint)
-        except (SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError) as error:
             raise _damaged(path, str(error)) from error
 
 
