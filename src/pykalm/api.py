@@ -231,19 +231,24 @@ def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
 
 
+def batch_builder(run: Run) -> BatchBuilder:
+    """Return what makes the batches of a run; its mask knows the training triples only, so that nothing leaks."""
+    objective = run.config.objective
+    return BatchBuilder(
+        run.graph,
+        run.verbalizer,
+        known_answers(run.graph, ["train"]),
+        run.encoder.lay_out,
+        explicit=objective.explicit,
+        completion_share=objective.completion_share if objective.implicit else 0,
+    )
+
+
 def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
     config, graph = run.config, run.graph
-    builder = BatchBuilder(
-        graph,
-        run.verbalizer,
-        known_answers(graph, ["train"]),
-        run.encoder.lay_out,
-        explicit=config.objective.explicit,
-        completion_share=config.objective.completion_share if config.objective.implicit else 0,
-    )
     return Trainer(
         run.encoder,
-        builder,
+        batch_builder(run),
         TripleOrder(graph.triples("train"), config.training.batch_size, config.seed, config.training.batching),
         config,
         run.path,

@@ -1,16 +1,20 @@
-"""Law 6: a masked pair changes neither loss nor gradient; known answers are masked, on a graph worked out by hand."""
+"""Law 6: a masked pair changes neither loss nor gradient; known training answers are masked, by hand, no others."""
 
 import math
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pykalm.graph.known import KnownAnswers
+from pykalm import api
+from pykalm.config import Config
+from pykalm.graph.known import KnownAnswers, known_answers
 from pykalm.learn import batches
 from pykalm.learn.losses import dual_view_loss
+from pykalm.model.run import Run
 from tests.laws.common import build_batch, gradients, replaced, tiny_encoder, tiny_graph, tiny_verbalizer
 
 # ada knows bo, cy; dan knows bo; bo likes cy; cy likes bo; ada b likes eve (the training triples of tiny_graph).
@@ -49,6 +53,27 @@ def test_known_answers_of_a_batch_are_masked() -> None:
             for j, candidate in enumerate(candidates):
                 assert bool(batch.known[i, j]) == (candidate in KNOWN_BY_HAND[query]), (query, candidate)
         assert all(batch.known[i, j] for i, j in batch.positives)
+
+
+def test_what_only_valid_or_test_knows_is_a_negative_of_training() -> None:
+    """Ada knows bo; that she knows dan too is for valid to ask, eve for test, and both are candidates of the batch."""
+    rows = ((0, 0, 2), (2, 0, 4), (2, 0, 5), (0, 0, 4), (0, 0, 5))
+    graph, encoder = tiny_graph(rows), tiny_encoder()
+    run = Run(Path("nowhere"), Config(graph="people"), graph, encoder, tiny_verbalizer(graph))
+    batch = api.batch_builder(run).build(graph.triples("train"), np.random.default_rng(0))
+    decode = run.verbalizer.tokenizer.decode
+    spelled = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in batch.trie.paths}
+    queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
+    ada, dan, eve, bo = "ada: a poet", "dan", "eve: a sailor", "bo: a baker of bread"
+    masked = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.known)}
+    for split, (tail, tail_mark) in {"valid": (dan, f"{dan} |"), "test": (eve, f"{eve} |")}.items():
+        pairs = {(f"{ada} | knows:", tail_mark), (f"{tail} | is known by:", f"{ada} |")}
+        assert all(query in queries and candidate in candidates for query, candidate in pairs), split
+        assert not pairs & masked, split
+    assert masked == {
+        (f"{ada} | knows:", f"{bo} |"), (f"{bo} | knows:", f"{dan} |"), (f"{bo} | knows:", f"{eve} |"),
+        (f"{bo} | is known by:", f"{ada} |"), (f"{dan} | is known by:", f"{bo} |"), (f"{eve} | is known by:", f"{bo} |"),
+    }  # fmt: skip
 
 
 def test_moving_a_masked_pair_changes_neither_loss_nor_gradient() -> None:
@@ -122,13 +147,20 @@ def masked_scores_are_lowered_by_one() -> AbstractContextManager[None]:
     return replaced(Tensor, "masked_fill", lambda self, mask, value: self - mask.to(self.dtype))
 
 
+def valid_and_test_are_masked() -> AbstractContextManager[None]:
+    """Let the mask know all splits: what is missing among the negatives then tells the answers of valid and test."""
+    return replaced(api, "known_answers", lambda graph, splits: known_answers(graph))
+
+
 BREAKS = {
     "the mask never fires": mask_never_fires,
     "only the batch's own triples are masked": only_the_batch_is_masked,
     "masked scores are lowered, not removed": masked_scores_are_lowered_by_one,
+    "the mask knows valid and test": valid_and_test_are_masked,
 }
 CHECKS = {
     "the mask never fires": "test_known_answers_of_a_batch_are_masked",
     "only the batch's own triples are masked": "test_known_answers_of_a_batch_are_masked",
     "masked scores are lowered, not removed": "test_moving_a_masked_pair_changes_neither_loss_nor_gradient",
+    "the mask knows valid and test": "test_what_only_valid_or_test_knows_is_a_negative_of_training",
 }
