@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pykalm.config import Config, load_config
+from pykalm.config import Config, TextSettings, load_config
 from pykalm.errors import ConfigError, KalmError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
@@ -157,16 +157,12 @@ def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:
 
 
 def check_data(source: str | Path, *, model: str | None = None, max_entity_tokens: int = 50) -> GraphCheck:
-    """Check a graph's files and content; with a model, also which texts its tokenizer would cut."""
+    """Check a graph's files and content; with a model, also how many entity texts its tokenizer would cut."""
     graph = load_graph(source)
     if model is None:
-        return check_graph(graph, None, max_entity_tokens=max_entity_tokens)
-    tokenizer = load_tokenizer(model)
-
-    def count_tokens(texts: Any) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-    return check_graph(graph, count_tokens, max_entity_tokens=max_entity_tokens)
+        return check_graph(graph, max_entity_tokens=max_entity_tokens)
+    texts = Verbalizer(graph, load_tokenizer(model), TextSettings())
+    return check_graph(graph, texts.count_entity_tokens(), max_entity_tokens=max_entity_tokens)
 
 
 def fetch_data(name: str, to: str | Path | None = None) -> Path:

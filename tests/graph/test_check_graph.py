@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +45,7 @@ GRAPH = KnowledgeGraph(
 
 
 def test_every_count_equals_the_hand_count() -> None:
-    check = check_graph(GRAPH, lambda texts: [len(text.split()) for text in texts], max_entity_tokens=2)
+    check = check_graph(GRAPH, _words(GRAPH), max_entity_tokens=2)
     assert check.triples == {"train": 8, "valid": 2, "test": 5}
     assert check.duplicates == {"train": 1, "valid": 0, "test": 1}
     assert check.overlaps == {"train/valid": 1, "train/test": 1, "valid/test": 1}
@@ -89,7 +88,11 @@ def test_defects_are_problems_and_the_rest_are_remarks() -> None:
         "4 entities share their name with another (2 texts).",
         "2 entities share their text with another (1 texts).",
         "1 entities and 1 relations are in no triple.",
+        "Entity texts of more than 50 tokens, which would be cut, are not counted: give the model (--model).",
     ]
+    assert check_graph(GRAPH, [1] * GRAPH.num_entities).remarks == check.remarks[:-1]
+    cut = check_graph(GRAPH, [1] * (GRAPH.num_entities - 2) + [50, 51]).remarks
+    assert cut == [*check.remarks[:-1], "1 entity texts are cut at 50 tokens."]
 
 
 def test_a_graph_with_one_triple_is_a_problem() -> None:
@@ -107,7 +110,8 @@ def test_a_check_goes_through_json() -> None:
 
 def test_wn18rr_has_the_known_defects_and_no_problem(data_folder: Path) -> None:
     start = time.perf_counter()
-    check = check_graph(read_graph(data_folder / "WN18RR"), _words, max_entity_tokens=50)
+    graph = read_graph(data_folder / "WN18RR")
+    check = check_graph(graph, _words(graph), max_entity_tokens=50)
     assert check.cut_texts == 102  # awk '{print NF}' over name and description gives the same
     assert time.perf_counter() - start < 10  # about 0.7 s
     assert check.problems == []
@@ -140,5 +144,6 @@ def test_leaks_equal_a_loop(data_folder: Path, folder: str) -> None:
     assert check_graph(graph).inverse_leaks["test"] == leaks
 
 
-def _words(texts: Sequence[str]) -> list[int]:
-    return [len(text.split()) for text in texts]
+def _words(graph: KnowledgeGraph) -> list[int]:
+    texts = zip(graph.entity_names, graph.entity_descriptions, strict=True)
+    return [len(f"{name} {description}".split()) for name, description in texts]

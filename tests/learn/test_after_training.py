@@ -146,11 +146,12 @@ def test_loading_again_gives_the_vectors_of_the_returned_run(train: Train) -> No
 
 
 def test_a_graph_is_checked_with_a_tokenizer_for_texts_that_are_cut(model: str, graph_folder: Path) -> None:
-    """A token is a byte here, and an entity text ("name 3", or "name 3: thing 3") has more than five."""
-    cut = api.check_data(graph_folder, model=model, max_entity_tokens=5).to_dict()
-    uncut = api.check_data(graph_folder, model=model, max_entity_tokens=500).to_dict()
-    assert cut != uncut
-    assert api.check_data(graph_folder).to_dict() != cut
+    """A token is a byte here: "name 3: thing 3" has 15, and the ten texts of two figures, "name 13: thing 13", 17."""
+    cut = {
+        limit: api.check_data(graph_folder, model=model, max_entity_tokens=limit).cut_texts for limit in (14, 15, 17)
+    }
+    assert cut == {14: 20, 15: 10, 17: 0}
+    assert api.check_data(graph_folder).cut_texts is None
 
 
 def test_the_bundled_graph_is_listed_with_its_folder() -> None:

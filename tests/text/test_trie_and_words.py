@@ -207,7 +207,9 @@ def test_padding_and_truncation_that_a_caller_set_leave_the_fingerprint_as_it_is
 
 
 def test_tokens_are_counted_before_any_cut() -> None:
-    assert words(max_entity_tokens=1).count_tokens(["", "ab", "a b c"]) == [0, 2, 5]
+    """A token is a byte: "ada: a poet", "ada b", "bo: a baker of bread", "cy: a poet", "dan", "eve: a sailor"."""
+    assert words(max_entity_tokens=1).count_entity_tokens() == [11, 5, 20, 10, 3, 13]
+    assert words(descriptions=False).count_entity_tokens() == [3, 5, 2, 2, 3, 3]
 
 
 # The trie of ab, abc, abd, b: nodes a, b, c, d below each other or beside, then b at the root.

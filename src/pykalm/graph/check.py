@@ -1,7 +1,7 @@
 """Check a graph before hours are spent on it: counts, duplicates, overlaps, same texts, leaks."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class GraphCheck:
 
     Dictionaries go by split ("train") or pair of splits ("train/test"). `duplicates` counts rows beyond the
     first, `overlaps` and `inverse_leaks` distinct triples, `unseen_entities` distinct entities that train
-    lacks. `cut_texts` is None where no way to count tokens was given. `examples` shows up to three cases of
+    lacks. `cut_texts` is None where no tokenizer was given. `examples` shows up to three cases of
     each kind.
     """
 
@@ -81,7 +81,10 @@ class GraphCheck:
         if self.unused_entities or self.unused_relations:
             unused = f"{self.unused_entities} entities and {self.unused_relations} relations"
             found.append(f"{unused} are in no triple.")
-        if self.cut_texts:
+        if self.cut_texts is None:
+            cut = f"Entity texts of more than {self.max_entity_tokens} tokens, which would be cut"
+            found.append(f"{cut}, are not counted: give the model (--model).")
+        elif self.cut_texts:
             found.append(f"{self.cut_texts} entity texts are cut at {self.max_entity_tokens} tokens.")
         return found
 
@@ -92,14 +95,13 @@ class GraphCheck:
 
 def check_graph(
     graph: KnowledgeGraph,
-    count_tokens: Callable[[Sequence[str]], Sequence[int]] | None = None,
+    text_tokens: Sequence[int] | None = None,
     *,
     max_entity_tokens: int = 50,
 ) -> GraphCheck:
     """Count what can be wrong with a graph.
 
-    `count_tokens` gives the number of tokens of each text; an entity's text is its name, a space and its
-    description.
+    text_tokens (E,): the number of tokens of each entity's text before any cut, where a tokenizer is at hand.
     """
     texts = list(zip(graph.entity_names, graph.entity_descriptions, strict=True))
     train, later = distinct_triples(graph, "train"), [split for split in SPLITS[1:] if split in graph.splits]
@@ -124,7 +126,7 @@ def check_graph(
         shared_names=_count_shared(graph.entity_names),
         shared_texts=_count_shared(texts),
         inverse_leaks={split: len(rows) for split, rows in leaks.items()},
-        cut_texts=_count_cut(texts, count_tokens, max_entity_tokens),
+        cut_texts=None if text_tokens is None else sum(count > max_entity_tokens for count in text_tokens),
         max_entity_tokens=max_entity_tokens,
         untrainable=_untrainable(graph),
         examples=_examples(graph, overlaps, leaks, unseen),
@@ -145,17 +147,6 @@ def _overlaps(graph: KnowledgeGraph) -> dict[str, IntArray]:
 def _count_shared(texts: Iterable[Hashable]) -> SharedTexts:
     shared = [count for count in Counter(texts).values() if count > 1]
     return SharedTexts(entities=sum(shared), texts=len(shared))
-
-
-def _count_cut(
-    texts: Iterable[tuple[str, str]],
-    count_tokens: Callable[[Sequence[str]], Sequence[int]] | None,
-    limit: int,
-) -> int | None:
-    if count_tokens is None:
-        return None
-    counts = count_tokens([f"{name} {description}".strip() for name, description in texts])
-    return sum(count > limit for count in counts)
 
 
 def _untrainable(graph: KnowledgeGraph) -> str | None:

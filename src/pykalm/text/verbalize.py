@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +107,9 @@ class Verbalizer:
         """Return a sha256 over all of the tokenizer that decides token ids."""
         return self._pieces.fingerprint()
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, before any cut."""
+    def count_entity_tokens(self) -> list[int]:
+        """Return the number of tokens of every entity's text D(e), before any cut."""
+        texts, _ = self._texts("entity")
         return [len(tokens) for tokens in self._pieces.tokens(texts, is_first=True, limit=None)]
 
     def _join(self, wording: str, values: dict[str, tuple[str, Any]], *, opening: bool = True) -> TokenIds:
