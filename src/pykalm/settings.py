@@ -152,7 +152,7 @@ class TrainingSettings(Settings):
 class EvaluationSettings(Settings):
     """How a model is measured (docs/method.md §9)."""
 
-    split: Literal["valid", "test"] = Field("test", description="The triples that are asked.")
+    split: Literal["valid", "test"] = Field("test", description="The triples that are asked where no split is named.")
     chunk_queries: Positive = Field(
         256, description="Queries ranked at once; memory grows with this times the entities."
     )
@@ -161,7 +161,9 @@ class EvaluationSettings(Settings):
 class Config(Settings):
     """Everything that decides a run besides the files of the graph and of the model."""
 
-    graph: str = Field(description="Name of a graph (`kalm data list`) or a folder.")
+    graph: str = Field(
+        description="Name of a graph (`kalm data list`) or a folder, which a run keeps as an absolute path."
+    )
     model: str = Field("smollm2-135m", description="Language model: a known name, hub id, local folder or GGUF file.")
     seed: int = Field(0, ge=0, lt=2**32, description="Start of every random generator.")
     text: TextSettings = TextSettings()
