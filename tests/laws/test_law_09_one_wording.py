@@ -11,6 +11,7 @@ from pykalm.config import Config
 from pykalm.evaluate.links import evaluate_links
 from pykalm.graph.known import known_answers
 from pykalm.learn import step
+from pykalm.model import index
 from pykalm.model.index import build_index
 from pykalm.model.run import Run
 from pykalm.text.verbalize import Verbalizer
@@ -50,8 +51,8 @@ def test_training_evaluation_and_serving_agree() -> None:
         run = run_of(**settings)
         trained = spy_on_training(run)
         graph, texts, encoder = run.graph, run.verbalizer, run.encoder
-        report, index = evaluate_links(graph, encoder, texts, split="train")
-        predictor = Predictor(graph, encoder, texts, index)
+        report, vectors = evaluate_links(graph, encoder, texts, split="train")
+        predictor = Predictor(graph, encoder, texts, vectors)
         decode = texts.tokenizer.decode
         for head, relation, tail in graph.both_directions("train"):
             query, candidate = decode(texts.query(head, relation)), decode(texts.candidate(tail))
@@ -72,12 +73,12 @@ def mrr_by_hand(run: Run, trained: dict[tuple[str, str], float]) -> float:
     graph, decode = run.graph, run.verbalizer.tokenizer.decode
     known = known_answers(graph)
     reciprocal = []
-    index = build_index(run.encoder, run.verbalizer, graph.num_entities)
+    vectors = build_index(run.encoder, run.verbalizer, graph.num_entities)
     for head, relation, tail in graph.both_directions("train"):
         text = decode(run.verbalizer.query(head, relation))
         scores = [trained.get((text, decode(run.verbalizer.candidate(e)))) for e in range(graph.num_entities)]
         if None in scores:  # an entity that no training triple holds
-            scores = index.scores(run.encoder.embed([run.verbalizer.query(head, relation)]))[0].tolist()
+            scores = vectors.scores(run.encoder.embed([run.verbalizer.query(head, relation)]))[0].tolist()
         others = set(known.answers(int(head), int(relation)).tolist()) - {int(tail)}
         better = sum(scores[e] > scores[tail] for e in range(graph.num_entities) if e not in others)
         reciprocal.append(1 / (1 + better))
@@ -90,14 +91,9 @@ def serving_forgets_the_description() -> AbstractContextManager[None]:
 
 
 def evaluation_pools_without_the_mark() -> AbstractContextManager[None]:
-    """Embed the entities of the index as bare texts, while training closes them with a mark. METHOD.md §7.6."""
-    right = Verbalizer.candidates
-
-    def wrong(self: Verbalizer, entities: Any) -> Any:
-        texts = right(self, entities)
-        return [text[:-1] for text in texts] if len(entities) == self.graph.num_entities else texts
-
-    return replaced(Verbalizer, "candidates", wrong)
+    """Embed the texts of an evaluation bare, while training closes them with a mark. METHOD.md §7.6."""
+    right = index.distinct_texts
+    return replaced(index, "distinct_texts", lambda texts: right([text[:-1] for text in texts]))
 
 
 def inverse_queries_are_worded_forward() -> AbstractContextManager[None]:
