@@ -22,6 +22,7 @@ LAYERS = [
     "evaluate",
     "report",
     "use",
+    "resolve",
     "api",
     "terminal",
     "demo",

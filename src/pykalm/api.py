@@ -1,7 +1,6 @@
 """The functions that people call, from a notebook or through the command line: train, measure, ask."""
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pykalm.config import Config, TextSettings, load_config
-from pykalm.errors import ConfigError, KalmError, RunError
+from pykalm.config import Config, TextSettings
+from pykalm.errors import KalmError, RunError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
-from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph, source_folder
+from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
 from pykalm.graph.check import GraphCheck, check_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
@@ -26,6 +25,7 @@ from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
+from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
 
@@ -35,15 +35,6 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-FREE = (
-    "training.memory_tokens",
-    "training.chunk_tokens",
-    "training.save_every",
-    "training.device",
-    "training.trackers",
-)
-"""Settings that say how a training is computed, not what is learned: a run may go on with others."""
 
 
 def train(
@@ -67,7 +58,7 @@ def train(
     # A graph object on resume may have come from anywhere: the run knows it by its fingerprint.
     source = graph if not isinstance(graph, KnowledgeGraph) else None if resume else graph.name
     given = {key: value for key, value in (("graph", source), ("model", model)) if value is not None}
-    config = _resolve(config, given | dict(settings or {}), out if resume else None, is_loaded=is_loaded)
+    config = resolve_settings(config, given | dict(settings or {}), out if resume else None, is_loaded=is_loaded)
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
     require_trackers(config.training.trackers)
     with only_writer(out):
@@ -175,48 +166,6 @@ def list_data() -> list[GraphEntry]:
     return list_graphs()
 
 
-def _resolve(config: Config | None, given: dict[str, Any], resumed: Path | None, *, is_loaded: bool) -> Config:
-    """Join settings; with `resumed` they are those of that run, and only what is FREE may differ from them."""
-    overrides = [f"{key}={_as_yaml(key, value)}" for key, value in given.items()]
-    if resumed is None:
-        new = load_config(None, overrides, **(config.model_dump(mode="json") if config else {}))
-        return new if is_loaded else _placed(new)
-    saved = read_run_config(resumed)
-    wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
-    if not is_loaded and wanted.graph != saved.graph:
-        wanted = _placed(wanted)
-    before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
-    changed = [key for key in before if before[key] != after[key] and key not in FREE]
-    if changed:
-        changes = [f"{key}: saved {before[key]!r}, found {after[key]!r}" for key in changed]
-        raise ConfigError(
-            f"{resumed}: a run goes on with the settings it began with; wanted no change, found {len(changes)}:\n  "
-            + "\n  ".join(changes)
-            + f"\nLeave them out, or start a new run. Only these may change: {', '.join(FREE)}."
-        )
-    return wanted
-
-
-def _placed(config: Config) -> Config:
-    """Name the folder of a graph without a name from the root, so that the run opens from any working directory."""
-    folder = source_folder(config.graph)
-    return config.model_copy(update={"graph": str(folder)}) if folder else config
-
-
-def _as_yaml(key: str, value: Any) -> str:
-    """Write a setting's value as JSON, which is YAML; raises ConfigError for what is no setting's value."""
-
-    def plain(thing: Any) -> Any:
-        if isinstance(thing, np.generic | np.ndarray):
-            return thing.tolist()
-        if isinstance(thing, Path):
-            return str(thing.resolve())  # "world" as a Path is a folder, not a name
-        wanted = "a number, a text, true or false, None or a list of these"
-        raise ConfigError(f"settings: {key}: wanted {wanted}, found {type(thing).__name__} {thing!r}.")
-
-    return json.dumps(value, default=plain)
-
-
 def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     """Build a run again as it began; the trainer then fills in what was saved."""
     if not (path / "config.yaml").is_file():
@@ -301,10 +250,3 @@ def _about(run: Run, *, baseline: bool) -> dict[str, object]:
         "max_entity_tokens": run.config.text.max_entity_tokens,
         "seed": run.config.seed,
     }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
