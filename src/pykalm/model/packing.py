@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 NOISE_FACTOR = 4.0
 FLOOR = {torch.float32: 1e-3, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-CHECKED_TRIPLES = 6
+CHECKED_TRIPLES = 3
 SEARCHED_TRIPLES = 256
 LONGEST_TEXTS = 2
 
