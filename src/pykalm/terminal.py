@@ -69,19 +69,20 @@ def show_progress(title: str) -> Iterator[Watcher]:
 
 def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
     """Return a watcher that prints the time left every fifteen seconds; shorter tasks are silent."""
-    begun = last = clock()
-    first_done: int | None = None
+    last = clock()
+    first: tuple[int, float] | None = None
 
     def watch(done: int, total: int, note: str = "", /) -> None:
-        nonlocal last, first_done
+        nonlocal last, first
         now = clock()
-        # What was done before the first call (a resumed training) says nothing about the speed of this one.
-        first_done = done if first_done is None else first_done
+        # What came before the first call (loading a model, steps of a resumed training) says nothing about the speed.
+        first = first or (done, now)
         if now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
-        left = (total - done) * (now - begun) / max(1, done - first_done)
-        say(f"{title} {done}/{total}, {format_seconds(left)} left {note}".rstrip())
+        since = done - first[0]
+        left = f", {format_seconds((total - done) * (now - first[1]) / since)} left" if since else ""
+        say(f"{title} {done}/{total}{left} {note}".rstrip())
 
     return watch
 
