@@ -5,7 +5,7 @@ RUN/
   adapter/         learned weights (PEFT layout, or a whole model), and alignment.json beside them: wordings, cuts,
                    temperature, base model and graph with their fingerprints. Replaced as one, so they always agree.
   state/           what --resume needs
-  metrics.jsonl    one line per step and per evaluation
+  metrics.jsonl    one line per step, with the valid MRR where it ended in an evaluation
   index/           entity vectors        results/   measurements        report/   figures
 """
 
