@@ -97,6 +97,7 @@ def evaluate_links(
         run = dataclasses.replace(run, graph=other, verbalizer=run.verbalizer.for_graph(other))
     measured = load_baseline(run) if baseline else run
     own = graph is None and not baseline
+    saved = _fresh_index(run) if own else None
     report, index = measure_links(
         run.graph,
         measured.encoder,
@@ -104,12 +105,12 @@ def evaluate_links(
         split=split,
         limit=limit,
         seed=run.config.seed,
-        index=_fresh_index(run) if own else None,
+        index=saved,
         chunk_queries=run.config.evaluation.chunk_queries,
         about=_about(run, baseline=baseline),
         progress=progress,
     )
-    if own:
+    if own and saved is None:
         _keep_index(index, run.path / "index")
     parts = ["links", _graph_label(run.graph) if graph is not None else "", split if split != "test" else "",
              f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip

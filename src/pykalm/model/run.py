@@ -10,7 +10,6 @@ RUN/
 """
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,11 +31,9 @@ from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
-log = logging.getLogger(__name__)
-
 FORMAT = 1
 ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, "model_fingerprint": str,
-             "graph_fingerprint": str}  # fmt: skip
+             "graph_fingerprint": str, "tokenizer_fingerprint": str}  # fmt: skip
 """What alignment.json must hold to be used, besides what is there for the reader."""
 
 MEMORY_REMEDY = (
@@ -167,7 +164,8 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
             path, config, graph, language_model, temperature=1.0,
             model=model, templates=Templates.from_dict(alignment["templates"]),
         )  # fmt: skip
-    _require_same_tokenizer(run, alignment)
+    tokenizer = f"{path}: tokenizer of {config.model!r}"
+    require_same(tokenizer, alignment["tokenizer_fingerprint"], run.verbalizer.tokenizer_fingerprint())
     with torch.no_grad():
         run.encoder.log_inverse_temperature.fill_(alignment["log_inverse_temperature"])
     return run
@@ -193,15 +191,6 @@ def _load_aligned(
         f"{path}: wanted weights that stay while they are read, found that a training replaced them {READ_ATTEMPTS} times. "
         "Try again, or wait for its end."
     )
-
-
-def _require_same_tokenizer(run: Run, alignment: Mapping[str, Any]) -> None:
-    """Raise RunError where the tokenizer beside the base model has changed since the training."""
-    if "tokenizer_fingerprint" not in alignment:
-        log.warning("%s was trained before kalm kept the tokenizer's fingerprint: it is not checked.", run.path)
-        return
-    what = f"{run.path}: tokenizer of {run.config.model!r}"
-    require_same(what, str(alignment["tokenizer_fingerprint"]), run.verbalizer.tokenizer_fingerprint())
 
 
 def load_baseline(run: Run, *, device: str | None = None) -> Run:
