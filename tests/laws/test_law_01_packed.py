@@ -1,6 +1,7 @@
 """Law 1: a packed trie gives what separate passes give: embeddings, losses, gradients, in all model families."""
 
 from contextlib import AbstractContextManager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -58,11 +59,11 @@ def loss_by_loops(encoder: Encoder, verbalizer: Verbalizer, completed: list[tupl
 def completed_triples(encoder: Encoder, verbalizer: Verbalizer) -> list[tuple[int, int, int]]:
     """Return the triples whose completions `build_batch` draws, found by drawing them again."""
     drawn: list[tuple[int, int, int]] = []
-    original = verbalizer.completion
-    verbalizer.completion = lambda *row: drawn.append(row) or original(*row)  # type: ignore[method-assign,func-returns-value]
-    build_batch(encoder, verbalizer)
-    verbalizer.completion = original  # type: ignore[method-assign]
-    return drawn
+    original = verbalizer.completions
+    with mock.patch.object(verbalizer, "completions") as spied:
+        spied.side_effect = lambda *columns: drawn.extend(zip(*columns, strict=True)) or original(*columns)
+        build_batch(encoder, verbalizer)
+    return [(int(head), int(relation), int(tail)) for head, relation, tail in drawn]
 
 
 def test_packed_trie_equals_separate_passes() -> None:

@@ -123,10 +123,8 @@ def test_entities_with_the_same_text_are_one_candidate() -> None:
 def mask_never_fires() -> AbstractContextManager[None]:
     """Look known answers up and find none, as the published code does; the batch's own positives are known. METHOD.md §7.1."""
 
-    def wrong(self: KnownAnswers, heads: Any, relations: Any, candidates: Any) -> Any:
-        return np.zeros((len(heads), len(candidates)), dtype=np.bool_)
-
-    return replaced(KnownAnswers, "mask", wrong)
+    none = np.zeros(0, dtype=np.int64)
+    return replaced(KnownAnswers, "pairs", lambda self, heads, relations, candidates: (none, none))
 
 
 def only_the_batch_is_masked() -> AbstractContextManager[None]:
@@ -134,10 +132,7 @@ def only_the_batch_is_masked() -> AbstractContextManager[None]:
     right = batches._distinct_texts
 
     def wrong(queries: Any, candidates: Any, positives: Any, known: Any) -> Any:
-        alone = np.zeros_like(known)
-        alone[positives[:, 0], np.searchsorted(np.unique(positives[:, 1]), positives[:, 1])] = True
-        alone &= known
-        return right(queries, candidates, positives, alone)
+        return right(queries, candidates, positives, positives)
 
     return replaced(batches, "_distinct_texts", wrong)
 

@@ -44,7 +44,7 @@ def test_embedding_reports_how_far_it_is_and_keeps_the_mode_and_order() -> None:
     assert [whole for _, whole in seen] == [total] * len(seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len(seen) > 1
-    assert torch.equal(encoder.embed(texts[::-1]), vectors.flip(0))
+    assert torch.equal(encoder.embed(list(texts)[::-1]), vectors.flip(0))
     assert encoder.embed([]).shape == (0, encoder.width)
 
 

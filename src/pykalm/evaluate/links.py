@@ -1,7 +1,7 @@
 """Link prediction: both directions of a split's triples, ranked among all entities. EVALUATION.md §1."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pykalm.graph.graph import IntArray, KnowledgeGraph, both_directions
 from pykalm.graph.known import known_answers
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, TextEncoder, distinct_texts, embed_with_entities
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import Texts, TokenIds
 
 RANKS_HEADER = "head\trelation\ttail\tdirection\toptimistic\trealistic\tpessimistic\tnum_candidates"
 
@@ -33,9 +33,9 @@ RANKS_HEADER = "head\trelation\ttail\tdirection\toptimistic\trealistic\tpessimis
 class GraphTexts(Protocol):
     """Give the token sequences of queries and entities (text.verbalize.Verbalizer does)."""
 
-    def queries(self, heads: IntArray, relations: IntArray) -> list[TokenIds]: ...
+    def queries(self, heads: IntArray, relations: IntArray) -> Texts | Sequence[TokenIds]: ...
 
-    def candidates(self, entities: IntArray) -> list[TokenIds]: ...
+    def candidates(self, entities: IntArray) -> Texts | Sequence[TokenIds]: ...
 
     def fingerprint(self) -> str: ...
 

@@ -8,6 +8,7 @@ from pykalm.errors import GraphError
 from pykalm.evaluate.links import GraphTexts
 from pykalm.graph.graph import IntArray, KnowledgeGraph
 from pykalm.model.index import TextEncoder, entity_scores
+from pykalm.text.texts import Texts
 
 FloatMatrix = npt.NDArray[np.float32]
 
@@ -40,7 +41,7 @@ def similarity_matrix(encoder: TextEncoder, texts: GraphTexts, triples: IntArray
     Raises ModelError where a cosine is no number.
     """
     queries, candidates = texts.queries(triples[:, 0], triples[:, 1]), texts.candidates(triples[:, 2])
-    vectors = encoder.embed([*queries, *candidates])
+    vectors = encoder.embed(Texts.chain([Texts.of(queries), Texts.of(candidates)]))
     query, tails = vectors[: len(triples)], vectors[len(triples) :]
     matrix: FloatMatrix = entity_scores(query, tails, torch.arange(len(triples))).numpy()
     return matrix

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pykalm.graph.graph import IntArray, KnowledgeGraph
 
@@ -53,17 +52,15 @@ class KnownAnswers:
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return offsets, self.entities[positions]
 
-    def mask(self, heads: IntArray, relations: IntArray, candidates: IntArray) -> npt.NDArray[np.bool_]:
-        """Return (B, C) True where entity c of candidates (C,) is a known tail of query b."""
+    def pairs(self, heads: IntArray, relations: IntArray, candidates: IntArray) -> tuple[IntArray, IntArray]:
+        """Return (n,) rows b and (n,) columns c where candidates[c] is a known tail of query b; candidates ascend."""
         offsets, entities = self.lookup(heads, relations)
         queries = np.repeat(np.arange(len(heads)), np.diff(offsets))
-        distinct, columns = np.unique(candidates, return_inverse=True)
-        mask = np.zeros((len(heads), len(distinct)), dtype=np.bool_)
-        if len(distinct):
-            places = np.minimum(np.searchsorted(distinct, entities), len(distinct) - 1)
-            present = distinct[places] == entities
-            mask[queries[present], places[present]] = True
-        return mask[:, columns]
+        if not len(candidates):
+            return queries[:0], entities[:0]
+        places = np.minimum(np.searchsorted(candidates, entities), len(candidates) - 1)
+        present = candidates[places] == entities
+        return queries[present], places[present]
 
     def _rows(self, heads: IntArray, relations: IntArray) -> tuple[IntArray, IntArray]:
         """Return for each query (B,) where its row starts and how long it is; 0 where it never occurs."""

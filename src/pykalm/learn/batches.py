@@ -1,6 +1,6 @@
 """Batches: which triples a step learns from, and the trie, positives and masks that follow from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,8 +9,9 @@ import numpy.typing as npt
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import KnownAnswers
 from pykalm.learn.orders import ORDERS
-from pykalm.text.trie import IntArray, TokenIds, TokenTrie
-from pykalm.text.verbalize import Verbalizer
+from pykalm.text.texts import IntArray, Texts, ranges
+from pykalm.text.trie import TokenTrie
+from pykalm.text.verbalize import Completions, Verbalizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,32 +78,32 @@ class BatchBuilder:
     graph: KnowledgeGraph
     verbalizer: Verbalizer
     known: KnownAnswers
-    lay_out: Callable[[Sequence[TokenIds]], TokenTrie]
+    lay_out: Callable[[Texts], TokenTrie]
     explicit: bool
     completion_share: float
 
     def build(self, triples: IntArray, generator: np.random.Generator) -> Batch:
         """Return the batch of triples (N, 3), relations in [0, R)."""
         directed = np.concatenate([triples, inverse(triples, self.graph.num_relations)])
-        pairs, query_of = np.unique(directed[:, :2], axis=0, return_inverse=True)
-        entities, entity_of = np.unique(directed[:, [0, 2]], return_inverse=True)
-        candidate_of = entity_of.reshape(-1, 2)[:, 1]
+        heads, relations, query_of = _distinct_pairs(directed[:, :2])
+        entities, entity_of = np.unique(
+            directed[:, 0], return_inverse=True
+        )  # every tail is a head, the other way round
+        tail_of = np.roll(entity_of, len(triples))
         completed = self._draw_completions(directed, generator)
-        completions = [self.verbalizer.completion(*map(int, row)) for row in completed]
+        queries = self.verbalizer.queries(heads, relations) if self.explicit else Texts.of([])
+        candidates = self.verbalizer.candidates(entities) if self.explicit else Texts.of([])
+        # Without completions the tokenizer need not have the end token with which they end.
+        completions = self.verbalizer.completions(*completed.T) if len(completed) else Completions.none()
 
-        queries = self.verbalizer.queries(pairs[:, 0], pairs[:, 1]) if self.explicit else []
-        candidates = self.verbalizer.candidates(entities) if self.explicit else []
-        trie = self.lay_out([*queries, *candidates, *(completion.tokens for completion in completions)])
-        answer_nodes, answer_tokens = _answers(trie, completions_start=len(queries) + len(candidates),
-                                               starts=[completion.answer_start for completion in completions],
-                                               texts=[completion.tokens for completion in completions])  # fmt: skip
-        last = trie.last_nodes()
-        known = self.known.mask(pairs[:, 0], pairs[:, 1], entities)
+        trie = self.lay_out(Texts.chain([queries, candidates, completions.texts]))
+        last, num_queries, num_pooled = trie.last_nodes(), len(queries), len(queries) + len(candidates)
+        answer_nodes, answer_tokens = _answers(trie, completions, start=num_pooled)
         query_nodes, candidate_nodes, positives, known = _distinct_texts(
-            last[: len(queries)],
-            last[len(queries) : len(queries) + len(candidates)],
-            np.stack([query_of.ravel(), candidate_of], axis=1),
-            known,
+            last[:num_queries],
+            last[num_queries:num_pooled],
+            np.stack([query_of, tail_of], axis=1),
+            np.stack(self.known.pairs(heads, relations, entities), axis=1),
         )
         return Batch(
             trie, query_nodes, candidate_nodes, positives, known, answer_nodes, answer_tokens, num_triples=len(triples)
@@ -123,33 +124,39 @@ def inverse(triples: IntArray, num_relations: int) -> IntArray:
     return np.stack([triples[:, 2], triples[:, 1] + num_relations, triples[:, 0]], axis=1)
 
 
-def _answers(
-    trie: TokenTrie, *, completions_start: int, starts: Sequence[int], texts: Sequence[TokenIds]
-) -> tuple[IntArray, IntArray]:
-    """Return the nodes that carry loss and the tokens they must predict: node before, then token, for every answer token."""
-    nodes = [
-        trie.paths[completions_start + i, start - 1 : len(text) - 1]
-        for i, (start, text) in enumerate(zip(starts, texts, strict=True))
-    ]
-    tokens = [text[start:] for start, text in zip(starts, texts, strict=True)]
-    empty = np.zeros(0, dtype=np.int64)
-    return np.concatenate([empty, *nodes]), np.concatenate([empty, *tokens])
+def _distinct_pairs(pairs: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the distinct (head, relation) of pairs (N, 2), heads and relations apart, and which of them each pair is."""
+    base = int(pairs[:, 1].max(initial=0)) + 1
+    distinct, pair_of = np.unique(pairs[:, 0] * base + pairs[:, 1], return_inverse=True)
+    return distinct // base, distinct % base, pair_of
+
+
+def _answers(trie: TokenTrie, completions: Completions, *, start: int) -> tuple[IntArray, IntArray]:
+    """Return the nodes that carry loss and the tokens they must predict: node before, then token, for every answer token.
+
+    The completions are the texts of the trie from `start` on.
+    """
+    texts, firsts = completions.texts, completions.answer_starts
+    counts = texts.lengths - firsts
+    before = ranges(firsts - 1, counts)
+    nodes = trie.paths[start + np.repeat(np.arange(len(texts)), counts), before]
+    return nodes.astype(np.int64), texts.tokens[ranges(texts.offsets[:-1] + firsts, counts)].astype(np.int64)
 
 
 def _distinct_texts(
-    query_nodes: IntArray, candidate_nodes: IntArray, positives: IntArray, known: npt.NDArray[np.bool_]
+    query_nodes: IntArray, candidate_nodes: IntArray, positives: IntArray, known: IntArray
 ) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_]]:
     """Merge queries, and candidates, whose texts are the same: nothing in their vectors could tell them apart.
 
-    A pair of texts is known when any of the pairs behind it is.
+    positives (P, 2), known (n, 2): pairs (query, candidate) of entities. A pair of texts is known when any of the pairs
+    behind it is; that is returned as a matrix.
     """
     if not len(query_nodes):
-        none = np.zeros((0, 2), dtype=np.int64)
-        return query_nodes, candidate_nodes, none, np.zeros((0, 0), dtype=np.bool_)
+        return query_nodes, candidate_nodes, positives[:0], np.zeros((0, 0), dtype=np.bool_)
     distinct_queries, query_of = np.unique(query_nodes, return_inverse=True)
     distinct_candidates, candidate_of = np.unique(candidate_nodes, return_inverse=True)
-    rows, columns = np.nonzero(known)
-    merged = np.zeros((len(distinct_queries), len(distinct_candidates)), dtype=np.bool_)
-    merged[query_of[rows], candidate_of[columns]] = True
-    pairs = np.unique(np.stack([query_of[positives[:, 0]], candidate_of[positives[:, 1]]], axis=1), axis=0)
-    return distinct_queries, distinct_candidates, pairs, merged
+    mask = np.zeros((len(distinct_queries), len(distinct_candidates)), dtype=np.bool_)
+    mask[query_of[known[:, 0]], candidate_of[known[:, 1]]] = True
+    keys = query_of[positives[:, 0]] * len(distinct_candidates) + candidate_of[positives[:, 1]]
+    pairs = np.stack(np.divmod(np.unique(keys), len(distinct_candidates)), axis=1)
+    return distinct_queries, distinct_candidates, pairs, mask

@@ -11,7 +11,8 @@ from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
 from pykalm.model.encoder import Encoder, pooled
-from pykalm.text.trie import IntArray, RowGroup, row_group
+from pykalm.text.texts import IntArray
+from pykalm.text.trie import RowGroup, row_group
 
 LOGITS_AT_ONCE = 256
 """Answer positions whose logits (V wide, float32) are held at the same time."""

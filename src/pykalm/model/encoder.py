@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import trie_attention
-from pykalm.text.trie import RowGroup, TokenIds, TokenTrie, build_trie, row_group
+from pykalm.text.texts import Texts, TokenIds, sorted_rows
+from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
 
 TEXTS_AT_ONCE = 1 << 16
 Progress = Callable[[int, int], None]
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
                 "text.max_answer_tokens, or take a model of longer texts."
             )
 
-    def lay_out(self, texts: Sequence[TokenIds]) -> TokenTrie:
+    def lay_out(self, texts: Texts | Sequence[TokenIds]) -> TokenTrie:
         """Put texts into one trie, or one text a row where the model needs separate passes."""
         return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
 
@@ -110,33 +111,34 @@ class Encoder(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor:
+    def embed(self, texts: Texts | Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor:
         """Return the vectors of N texts (N, D), float32 unit rows on the CPU, in eval mode and without gradient.
 
         Texts are laid out in sorted slices, so that those with a common prefix share it however many there are;
         progress is called with (tokens done, tokens in all). Raises ModelError for a text longer than the model has
         positions, and OutOfMemoryError.
         """
-        self.require_room(max(map(len, texts), default=0))
-        order = sorted(range(len(texts)), key=[text.astype(">u4").tobytes() for text in texts].__getitem__)
+        texts = Texts.of(texts)
+        self.require_room(int(texts.lengths.max(initial=0)))
+        order = sorted_rows(texts.padded())
         slices = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
-        total, done = sum(len(text) for text in texts), 0
+        total, done = len(texts.tokens), 0
         vectors = torch.empty(len(texts), self.width)
         was_training = self.training
         self.eval()
         try:
             with explained_memory("Lower training.chunk_tokens, the tokens that are computed at once."):
                 for slice_ in slices:
-                    chosen = [texts[i] for i in slice_]
+                    chosen = texts.select(slice_)
                     trie = self.lay_out(chosen)
-                    share = sum(len(text) for text in chosen) / trie.num_nodes
+                    share = len(chosen.tokens) / trie.num_nodes
 
                     def report(nodes: int, base: int = done, share: float = share) -> None:
                         if progress is not None:
                             progress(min(total, base + int(nodes * share)), total)
 
-                    vectors[torch.tensor(slice_)] = self._embed_trie(trie, report)
-                    done += sum(len(text) for text in chosen)
+                    vectors[torch.from_numpy(slice_)] = self._embed_trie(trie, report)
+                    done += len(chosen.tokens)
         finally:
             self.train(was_training)
         return vectors

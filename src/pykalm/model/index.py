@@ -21,7 +21,7 @@ from pykalm.errors import ModelError, RunError
 from pykalm.files import replace_file
 from pykalm.graph.graph import IntArray
 from pykalm.model.encoder import Progress
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import Texts, TokenIds, sorted_rows
 
 FORMAT = 1
 VECTORS_FILE = "entities.safetensors"
@@ -31,7 +31,7 @@ DESCRIPTION_FILE = "index.json"
 class TextEncoder(Protocol):
     """Turn token sequences into unit vectors (model.encoder.Encoder does)."""
 
-    def embed(self, texts: Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor: ...
+    def embed(self, texts: Texts | Sequence[TokenIds], *, progress: Progress | None = None) -> Tensor: ...
 
     def fingerprint(self) -> str: ...
 
@@ -39,7 +39,7 @@ class TextEncoder(Protocol):
 class EntityTexts(Protocol):
     """Give the token sequence of every entity (text.verbalize.Verbalizer does)."""
 
-    def candidates(self, entities: IntArray) -> list[TokenIds]: ...
+    def candidates(self, entities: IntArray) -> Texts | Sequence[TokenIds]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -107,7 +107,7 @@ def embed_with_entities(
     encoder: TextEncoder,
     texts: EntityTexts,
     num_entities: int,
-    queries: Sequence[TokenIds],
+    queries: Texts | Sequence[TokenIds],
     *,
     progress: Progress | None = None,
 ) -> tuple[EntityIndex, Tensor]:
@@ -117,7 +117,7 @@ def embed_with_entities(
     """
     candidates, row_of_candidate = distinct_texts(texts.candidates(np.arange(num_entities, dtype=np.int64)))
     distinct_queries, row_of_query = distinct_texts(queries)
-    embedded = encoder.embed([*candidates, *distinct_queries], progress=progress)
+    embedded = encoder.embed(Texts.chain([candidates, distinct_queries]), progress=progress)
     vectors, row_of_vector = distinct_rows(embedded[: len(candidates)])
     index = EntityIndex(vectors, row_of_vector[row_of_candidate], index_fingerprint(encoder, texts))
     return index, embedded[len(candidates) :][torch.from_numpy(row_of_query)]
@@ -147,18 +147,17 @@ def _require_finite(scores: Tensor) -> None:
         )
 
 
-def distinct_texts(texts: Sequence[TokenIds]) -> tuple[list[TokenIds], IntArray]:
+def distinct_texts(texts: Texts | Sequence[TokenIds]) -> tuple[Texts, IntArray]:
     """Keep the first of equal token sequences; returns the distinct ones and the row there of each text."""
-    row_of_key: dict[bytes, int] = {}
-    distinct: list[TokenIds] = []
+    texts = Texts.of(texts)
+    padded = texts.padded()
+    order = sorted_rows(padded)
+    is_first = np.ones(len(texts), dtype=np.bool_)  # along the order, in which equal texts stand as they were given
+    is_first[1:] = (padded[order[1:]] != padded[order[:-1]]).any(axis=1)
+    kept, place = np.unique(order[is_first], return_inverse=True)
     rows = np.empty(len(texts), dtype=np.int64)
-    for position, text in enumerate(texts):
-        key = np.ascontiguousarray(text, dtype=np.int64).tobytes()
-        row = row_of_key.setdefault(key, len(distinct))
-        if row == len(distinct):
-            distinct.append(text)
-        rows[position] = row
-    return distinct, rows
+    rows[order] = place[np.cumsum(is_first) - 1]
+    return texts.select(kept), rows
 
 
 def distinct_rows(vectors: Tensor) -> tuple[Tensor, IntArray]:

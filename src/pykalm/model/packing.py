@@ -9,7 +9,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import is_out_of_memory
 from pykalm.model.encoder import Encoder
 from pykalm.model.pretrained import vocabulary_size
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import Texts, TokenIds
 from pykalm.text.verbalize import Verbalizer
 
 log = logging.getLogger(__name__)
@@ -118,12 +118,12 @@ def _longest_text(verbalizer: Verbalizer, *, completions: bool) -> int:
     """Return the tokens of the longest text that the graph's entities and relations can be put into."""
     graph = verbalizer.graph
     entities, relations = np.arange(graph.num_entities), np.arange(2 * graph.num_relations)
-    candidates = [len(text) for text in verbalizer.candidates(entities)]
-    head = int(np.argmax(candidates))
-    queries = [len(verbalizer.query(head, int(relation))) for relation in relations]
-    relation = int(np.argmax(queries))
-    answers = [len(verbalizer.completion(head, relation, int(tail)).tokens) for tail in entities] if completions else []
-    return max([*candidates, *queries, *answers])
+    candidates = verbalizer.candidates(entities).lengths
+    head = np.argmax(candidates)
+    queries = verbalizer.queries(np.full_like(relations, head), relations).lengths
+    asked = np.full_like(entities, head), np.full_like(entities, np.argmax(queries))
+    answers = [verbalizer.completions(*asked, entities).texts.lengths] if completions else []
+    return int(np.concatenate([candidates, queries, *answers]).max())
 
 
 def _sample_texts(verbalizer: Verbalizer, *, completions: bool = True) -> list[TokenIds]:
@@ -132,20 +132,20 @@ def _sample_texts(verbalizer: Verbalizer, *, completions: bool = True) -> list[T
     No completions where the tokenizer has no end token, with which they would end: a run without them is possible.
     """
     spread, searched = (_texts_of(verbalizer, number, completions) for number in (CHECKED_TRIPLES, SEARCHED_TRIPLES))
-    longest = [sorted(texts, key=len)[-LONGEST_TEXTS:] for texts in searched]
-    return [text for texts in (*spread, *longest) for text in texts]
+    longest = [texts.select(np.argsort(texts.lengths, kind="stable")[-LONGEST_TEXTS:]) for texts in searched]
+    return list(Texts.chain([*spread, *longest]))
 
 
-def _texts_of(verbalizer: Verbalizer, num_triples: int, completions: bool) -> list[list[TokenIds]]:
+def _texts_of(verbalizer: Verbalizer, num_triples: int, completions: bool) -> list[Texts]:
     """Return the queries, candidates and completions of so many training triples."""
     triples = verbalizer.graph.triples("train")
     rows = triples[np.linspace(0, len(triples) - 1, min(len(triples), num_triples)).astype(int)]
     heads, relations, tails = rows.T
     can_end = completions and verbalizer.tokenizer.eos_token_id is not None
     return [
-        [*verbalizer.queries(heads, relations), *verbalizer.queries(heads, np.roll(relations, 1))],
+        Texts.chain([verbalizer.queries(heads, relations), verbalizer.queries(heads, np.roll(relations, 1))]),
         verbalizer.candidates(np.unique(np.concatenate([heads, tails]))),
-        [verbalizer.completion(*map(int, row)).tokens for row in rows] if can_end else [],
+        verbalizer.completions(heads, relations, tails).texts if can_end else Texts.of([]),
     ]
 
 

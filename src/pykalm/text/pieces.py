@@ -3,14 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import Texts, TokenIds
 
 NEUTRAL = ("\n", "|", ".")
 """Characters to stand before a piece that is not the first of its text; the first that joins no word is taken."""
+
+PIECES_AT_ONCE = 1 << 14
+"""Pieces whose tokens are Python lists at the same time; those of millions of entities would not fit."""
 
 
 class PieceTokenizer:
@@ -27,16 +31,13 @@ class PieceTokenizer:
         self._neutral = self._find_neutral()
         self._fingerprint: str | None = None
 
-    def tokens(self, texts: Iterable[str], *, is_first: bool, limit: int | None) -> list[TokenIds]:
+    def tokens(self, texts: Iterable[str], *, is_first: bool, limit: int | None) -> Texts:
         """Return the token ids of every piece, cut at `limit` tokens; is_first: the pieces begin their texts."""
-        pieces = list(texts)
-        if is_first or not self._neutral:
-            return [np.asarray(ids[:limit], dtype=np.int64) for ids in self._plain(pieces)]
-        behind = self._behind(pieces, self._neutral)
-        joined = [place for place, ids in enumerate(behind) if ids is None]
-        plain = dict(zip(joined, self._plain([pieces[place] for place in joined]), strict=True))
-        chosen = (plain[place] if ids is None else ids for place, ids in enumerate(behind))
-        return [np.asarray(ids[:limit], dtype=np.int64) for ids in chosen]
+        pieces, found = iter(texts), []
+        while some := list(islice(pieces, PIECES_AT_ONCE)):
+            ids = self._plain(some) if is_first or not self._neutral else self._apart(some)
+            found.append(Texts.of([np.asarray(tokens[:limit], dtype=np.int64) for tokens in ids]))
+        return Texts.chain(found)
 
     def fingerprint(self) -> str:
         """Return a sha256 over all that decides token ids: vocabulary, merges, normaliser, added, opening, end tokens.
@@ -57,6 +58,13 @@ class PieceTokenizer:
             if None not in behind:
                 return neutral if behind != self._plain(probes) else ""
         return ""
+
+    def _apart(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of pieces that do not begin their texts."""
+        behind = self._behind(pieces, self._neutral)
+        joined = [place for place, ids in enumerate(behind) if ids is None]
+        plain = dict(zip(joined, self._plain([pieces[place] for place in joined]), strict=True))
+        return [plain[place] if ids is None else ids for place, ids in enumerate(behind)]
 
     def _plain(self, pieces: Sequence[str]) -> list[list[int]]:
         return self._encode(pieces)["input_ids"] if pieces else []

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-TokenIds = npt.NDArray[np.int64]
+from pykalm.text.texts import IntArray, SmallIntArray, Texts, TokenIds, sorted_rows, starts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +20,11 @@ class TokenTrie:
     shared: False where every row is one text on its own, so that a plain causal pass computes it.
     """
 
-    token_ids: IntArray
-    depths: IntArray
-    ends: IntArray
+    token_ids: SmallIntArray
+    depths: SmallIntArray
+    ends: SmallIntArray
     row_starts: IntArray
-    paths: IntArray
+    paths: SmallIntArray
     lengths: IntArray
     shared: bool
 
@@ -42,7 +40,7 @@ class TokenTrie:
 
     def last_nodes(self) -> IntArray:
         """Return the node of the last token of every text (N,): where it is pooled."""
-        return self.paths[np.arange(len(self.lengths)), self.lengths - 1]
+        return self.paths[np.arange(len(self.lengths)), self.lengths - 1].astype(np.int64)
 
     def chunks(self, max_tokens: int) -> list[IntArray]:
         """Group rows, long ones first, so that a padded group holds at most max_tokens (one row at least).
@@ -79,19 +77,20 @@ class RowGroup:
         return inside, places[at[inside]]
 
 
-def build_trie(texts: Sequence[TokenIds], *, row_tokens: int, share: bool = True) -> TokenTrie:
+def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: bool = True) -> TokenTrie:
     """Build the trie of N texts (each at least one token), in rows of at most row_tokens, or of one longer text.
 
     Sorted, a text shares its longest common prefix with its predecessor; what it adds are its nodes, so the sorted order
     is the depth-first order. With share=False every distinct text is a row of its own. Raises ValueError on an empty text.
     """
-    lengths = np.fromiter((len(text) for text in texts), dtype=np.int64, count=len(texts))
+    texts = Texts.of(texts)
+    lengths = texts.lengths
     if len(texts) == 0 or lengths.min() < 1:
         raise ValueError("a trie needs at least one text, and every text at least one token")
-    keys = [np.asarray(text, dtype=">u4").tobytes() for text in texts]
-    order = np.array(sorted(range(len(texts)), key=keys.__getitem__), dtype=np.int64)
-    tokens = _padded([texts[i] for i in order], lengths[order])
-    shared, starts = _cut_rows(_common_prefixes(tokens, lengths[order]), lengths[order], row_tokens if share else 0)
+    tokens = texts.padded()
+    order = sorted_rows(tokens)
+    tokens, in_order = tokens[order], lengths[order]
+    shared, starts = _cut_rows(_common_prefixes(tokens, in_order), in_order, row_tokens if share else 0)
     return _lay_out(tokens, order, lengths, shared, starts, share)
 
 
@@ -103,21 +102,14 @@ def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
     starts = trie.row_starts[rows][:, None]
     nodes = np.where(inside, starts + columns, -1)
     return RowGroup(
-        token_ids=np.where(inside, trie.token_ids[nodes], 0),
-        depths=np.where(inside, trie.depths[nodes], 0),
+        token_ids=np.where(inside, trie.token_ids[nodes], np.int64(0)),
+        depths=np.where(inside, trie.depths[nodes], np.int64(0)),
         ends=np.where(inside, trie.ends[nodes] - starts, columns + 1),
         nodes=nodes,
     )
 
 
-def _padded(texts: Sequence[TokenIds], lengths: IntArray) -> IntArray:
-    """Return the texts as one matrix (N, longest), −1 past their ends."""
-    tokens = np.full((len(texts), int(lengths.max())), -1, dtype=np.int64)
-    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(texts)
-    return tokens
-
-
-def _common_prefixes(tokens: IntArray, lengths: IntArray) -> IntArray:
+def _common_prefixes(tokens: SmallIntArray, lengths: IntArray) -> IntArray:
     """Return how many first tokens each sorted text shares with the one before it."""
     differs = tokens[1:] != tokens[:-1]
     first = np.where(differs.any(axis=1), differs.argmax(axis=1), lengths[1:])
@@ -144,29 +136,30 @@ def _cut_rows(shared: IntArray, lengths: IntArray, row_tokens: int) -> tuple[Int
 
 
 def _lay_out(
-    tokens: IntArray, order: IntArray, lengths: IntArray, shared: IntArray, starts: IntArray, share: bool
+    tokens: SmallIntArray, order: IntArray, lengths: IntArray, shared: IntArray, starts: IntArray, share: bool
 ) -> TokenTrie:
-    """Number the nodes of the sorted texts and read off depths, ends and paths."""
-    depth = np.arange(tokens.shape[1])
+    """Number the nodes of the sorted texts and read off depths, ends and paths, in matrices (texts, longest)."""
+    depth = np.arange(tokens.shape[1], dtype=np.int32)
     is_new = (depth >= shared[:, None]) & (tokens >= 0)
-    first_node = np.concatenate([[0], np.cumsum(lengths[order] - shared)])
-    num_nodes = int(first_node[-1])
-    nodes = np.where(is_new, first_node[:-1, None] + depth - shared[:, None], -1)
+    text_starts = starts_of(lengths[order] - shared)
+    num_nodes = int(text_starts[-1])
+    first_node = text_starts[:-1, None].astype(np.int32)
+    nodes = np.where(is_new, first_node + (depth - shared[:, None].astype(np.int32)), np.int32(-1))
 
     # A text sees, at every depth, the node laid down last: along the sorted texts that is a running maximum.
-    sorted_paths = np.where(tokens >= 0, np.maximum.accumulate(nodes, axis=0), -1)
-    paths = np.empty_like(sorted_paths)
-    paths[order] = sorted_paths
+    np.maximum.accumulate(nodes, axis=0, out=nodes)
+    paths = np.empty_like(nodes)
+    paths[order] = np.where(tokens >= 0, nodes, np.int32(-1))
 
     # A node ends where the next text branches off at its depth or above: a running minimum from the back.
-    branch = np.where(depth >= shared[:, None], first_node[:-1, None], num_nodes)
-    following = np.concatenate([branch[1:], np.full((1, len(depth)), num_nodes)])
-    ends = np.minimum.accumulate(following[::-1], axis=0)[::-1]
+    ends = np.full((len(tokens), len(depth)), num_nodes, dtype=np.int32)
+    np.copyto(ends[:-1], first_node[1:], where=depth >= shared[1:, None])
+    np.minimum.accumulate(ends[::-1], axis=0, out=ends[::-1])
     return TokenTrie(
         token_ids=tokens[is_new],
         depths=np.broadcast_to(depth, tokens.shape)[is_new],
         ends=ends[is_new],
-        row_starts=np.append(first_node[starts], num_nodes),
+        row_starts=np.append(text_starts[starts], num_nodes),
         paths=paths,
         lengths=lengths,
         shared=share,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from pykalm.errors import GraphError, ModelError
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.text.pieces import PieceTokenizer
 from pykalm.text.templates import TEMPLATES, Templates, parts, split_space
-from pykalm.text.trie import IntArray, TokenIds
+from pykalm.text.texts import IntArray, Texts, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,19 @@ class Completion:
 
     tokens: TokenIds
     answer_start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """Hold N prompts with their answers as texts; text i is the answer and the end token from answer_starts[i] on."""
+
+    texts: Texts
+    answer_starts: IntArray
+
+    @staticmethod
+    def none() -> "Completions":
+        """Return no completions."""
+        return Completions(Texts.of([]), np.zeros(0, dtype=np.int64))
 
 
 class Verbalizer:
@@ -39,8 +52,7 @@ class Verbalizer:
         self.settings = settings
         self.templates = templates or TEMPLATES[settings.template]
         self._pieces = PieceTokenizer(tokenizer)
-        self._cache: dict[tuple[str, str, bool], list[TokenIds]] = {}
-        self._literals: dict[tuple[str, bool], TokenIds] = {}
+        self._tables: dict[tuple[str, str, bool], Texts] = {}
 
     def for_graph(self, graph: KnowledgeGraph) -> "Verbalizer":
         """Return the same wordings and cuts for another graph."""
@@ -48,37 +60,49 @@ class Verbalizer:
 
     def query(self, head: int, relation: int) -> TokenIds:
         """Return the text of (head, relation), relation in [0, 2R); pooled at its last token. METHOD.md §1."""
-        return self._join(self.templates.query, {"head": ("entity", head), "relation": ("relation", relation)})
+        return self.queries(_one(head), _one(relation))[0]
 
     def candidate(self, entity: int) -> TokenIds:
         """Return the text of an entity as a candidate, pooled at its last token."""
-        return self._join(self.templates.candidate, {"entity": ("entity", entity)})
+        return self.candidates(_one(entity))[0]
 
     def prompt(self, head: int, relation: int) -> TokenIds:
         """Return what the model reads before it writes the answer to (head, relation, ?)."""
-        return self._join(self.templates.completion, {"head": ("entity", head), "relation": ("relation", relation)})
+        return self.prompts(_one(head), _one(relation))[0]
 
     def completion(self, head: int, relation: int, tail: int) -> Completion:
         """Return prompt, answer and end token of a triple. METHOD.md §3. Raises ModelError without an end token."""
-        prompt = self.prompt(head, relation)
-        named = {"entity": ("answer", tail), "tail": ("answer", tail), "name": ("name", tail)}
-        answer = self._join(self.templates.answer, named, opening=False)
-        return Completion(np.concatenate([prompt, answer, [self.end_token_id()]]), len(prompt))
+        one = self.completions(_one(head), _one(relation), _one(tail))
+        return Completion(one.texts[0], int(one.answer_starts[0]))
 
-    def queries(self, heads: IntArray, relations: IntArray) -> list[TokenIds]:
+    def queries(self, heads: IntArray, relations: IntArray) -> Texts:
         """Return the texts of B queries."""
-        return [self.query(int(head), int(relation)) for head, relation in zip(heads, relations, strict=True)]
+        return self._join(self.templates.query, {"head": ("entity", heads), "relation": ("relation", relations)})
 
-    def candidates(self, entities: IntArray) -> list[TokenIds]:
+    def candidates(self, entities: IntArray) -> Texts:
         """Return the texts of C candidates."""
-        return [self.candidate(int(entity)) for entity in entities]
+        return self._join(self.templates.candidate, {"entity": ("entity", entities)})
+
+    def prompts(self, heads: IntArray, relations: IntArray) -> Texts:
+        """Return N prompts."""
+        return self._join(self.templates.completion, {"head": ("entity", heads), "relation": ("relation", relations)})
+
+    def completions(self, heads: IntArray, relations: IntArray, tails: IntArray) -> Completions:
+        """Return the completions of N triples."""
+        prompts = self.prompts(heads, relations)
+        named: dict[str, tuple[str, IntArray]]
+        named = {"entity": ("answer", tails), "tail": ("answer", tails), "name": ("name", tails)}
+        answers = self._join(self.templates.answer, named, opening=False)
+        end, each = Texts.of([np.array([self.end_token_id()])]), np.arange(len(tails))
+        return Completions(Texts.join([(prompts, each), (answers, each), (end, np.zeros_like(each))]), prompts.lengths)
 
     def free_query(self, name: str, description: str, relation: int) -> TokenIds:
         """Return the query of an entity that the graph lacks. Raises GraphError when its text is empty."""
         if not name.strip():
             raise GraphError("wanted the text of an entity, found nothing. Give at least a name.")
         text = self.entity_text(name.strip(), description.strip())
-        return self._join(self.templates.query, {"head": ("free", text), "relation": ("relation", relation)})
+        values = {"head": ("free", _one(0)), "relation": ("relation", _one(relation))}
+        return self._join(self.templates.query, values, free=text)[0]
 
     def entity_text(self, name: str, description: str) -> str:
         """Return D(e): name and description in the wording of the run, or the name alone."""
@@ -110,37 +134,46 @@ class Verbalizer:
     def count_entity_tokens(self) -> list[int]:
         """Return the number of tokens of every entity's text D(e), before any cut."""
         texts, _ = self._texts("entity")
-        return [len(tokens) for tokens in self._pieces.tokens(texts, is_first=True, limit=None)]
+        return list(map(int, self._pieces.tokens(texts, is_first=True, limit=None).lengths))
 
-    def _join(self, wording: str, values: dict[str, tuple[str, Any]], *, opening: bool = True) -> TokenIds:
-        """Join the tokens of a wording's literals and fields; `values` names the kind and number of each field."""
-        pieces: list[TokenIds] = [self._pieces.opening] if opening else []
+    def _join(
+        self, wording: str, values: Mapping[str, tuple[str, IntArray]], *, opening: bool = True, free: str = ""
+    ) -> Texts:
+        """Join the tokens of a wording's literals and fields; `values` names the kind of each field and N numbers of it."""
+        count = len(next(iter(values.values()))[1])
+        same = np.zeros(count, dtype=np.int64)
+        columns = [(Texts.of([self._pieces.opening]), same)] if opening else []
         is_first = opening
         for literal, field in parts(wording):
             bare, space = split_space(literal, field)
             if bare:
-                pieces.append(self._literal(bare, is_first))
+                columns.append((self._literal(bare, is_first), same))
                 is_first = False
             if field:
-                pieces.append(self._field(*values[field], space, is_first))
+                kind, numbers = values[field]
+                table = self._free(space + free, is_first) if kind == "free" else self._table(kind, space, is_first)
+                columns.append((table, numbers))
                 is_first = False
-        return np.concatenate(pieces)
+        return Texts.join(columns)
 
-    def _literal(self, text: str, is_first: bool) -> TokenIds:
-        if (text, is_first) not in self._literals:
-            self._literals[text, is_first] = self._pieces.tokens([text], is_first=is_first, limit=None)[0]
-        return self._literals[text, is_first]
+    def _literal(self, text: str, is_first: bool) -> Texts:
+        """Return the tokens of a literal, as a table of one."""
+        key = ("literal", text, is_first)
+        if key not in self._tables:
+            self._tables[key] = self._pieces.tokens([text], is_first=is_first, limit=None)
+        return self._tables[key]
 
-    def _field(self, kind: str, value: Any, space: str, is_first: bool) -> TokenIds:
-        """Return the cut tokens of a field. The space before it is tokenised with it, as tokenizers expect."""
-        if kind == "free":
-            return self._pieces.tokens([space + value], is_first=is_first, limit=self.settings.max_entity_tokens)[0]
+    def _free(self, text: str, is_first: bool) -> Texts:
+        """Return the cut tokens of an entity text that the graph lacks, as a table of one."""
+        return self._pieces.tokens([text], is_first=is_first, limit=self.settings.max_entity_tokens)
+
+    def _table(self, kind: str, space: str, is_first: bool) -> Texts:
+        """Return the cut tokens of all texts of a kind. The space before a field is tokenised with it, as tokenizers expect."""
         key = (kind, space, is_first)
-        if key not in self._cache:
+        if key not in self._tables:
             texts, limit = self._texts(kind)
-            self._cache[key] = self._pieces.tokens((space + text for text in texts), is_first=is_first, limit=limit)
-        tokens: TokenIds = self._cache[key][value]
-        return tokens
+            self._tables[key] = self._pieces.tokens((space + text for text in texts), is_first=is_first, limit=limit)
+        return self._tables[key]
 
     def _texts(self, kind: str) -> tuple[Iterable[str], int]:
         """Return all texts of a kind, in the order of their numbers, and the tokens that each may have."""
@@ -157,3 +190,7 @@ class Verbalizer:
         }
         texts, limit = kinds[kind]
         return texts(), limit
+
+
+def _one(number: int) -> IntArray:
+    return np.array([number], dtype=np.int64)

@@ -11,7 +11,7 @@ from pykalm.evaluate.links import GraphTexts
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
 from pykalm.model.index import EntityIndex, TextEncoder
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import TokenIds
 
 FREE_TEXT_HINT = (
     " For an entity that the graph lacks, say that it is free text (--free-text, free_text=True), "
