@@ -13,6 +13,8 @@ LAYERS = [
     "errors",
     "memory",
     "files",
+    "launch",
+    "processes",
     "settings",
     "config",
     "graph",
@@ -27,6 +29,7 @@ LAYERS = [
     "terminal",
     "demo",
     "cli",
+    "__main__",
 ]
 # Validation comes to the training loop as a function, so measuring knows nothing of learning.
 FORBIDDEN = {("evaluate", "learn")}

@@ -8,6 +8,7 @@ KalmError
 ├── RunError          a run folder is missing, damaged or of another version
 ├── OutOfMemoryError  memory ran out while a model was loaded or read texts
 ├── TrainingError     training cannot go on: not a number, out of memory, disk full
+├── ProcessError      another process of the launch has ended or cannot be reached
 └── FetchError        a download failed or is not what was promised
 """
 
@@ -48,6 +49,10 @@ class OutOfMemoryError(KalmError):
 
 class TrainingError(KalmError):
     """Report a training that cannot go on; the last good checkpoint is kept."""
+
+
+class ProcessError(KalmError):
+    """Report that another process of the launch has ended or cannot be reached."""
 
 
 class FetchError(KalmError):

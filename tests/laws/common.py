@@ -87,10 +87,13 @@ def gradients(
 
 
 def copied_gradients(encoder: Encoder) -> dict[str, Tensor]:
-    """Return a copy of the gradient of every parameter that learns; without L_exp the temperature has none."""
+    """Return a copy of the gradient of every parameter that learns.
+
+    Without L_exp the temperature has none, without L_imp an output head of its own.
+    """
     learned = encoder.trainable()
     missing = {name for name, parameter in learned.items() if parameter.grad is None}
-    assert missing <= {"log_inverse_temperature"}
+    assert missing <= {"log_inverse_temperature", "model.lm_head.weight"}
     return {name: parameter.grad.clone() for name, parameter in learned.items() if parameter.grad is not None}
 
 

@@ -1,4 +1,4 @@
-"""One step's loss and gradient: in one graph where it fits, else by gradient caching, with the same result."""
+"""One step's loss and gradient: in one graph or by gradient caching, in one process or many, with the same result."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
 from pykalm.model.encoder import Encoder, pooled
+from pykalm.processes import any_of, count, gather_rows, is_main, rank, share_out, sum_in_place
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, row_group
 
@@ -29,7 +30,7 @@ class StepLoss:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Hold a group of rows, with the pooled nodes and the answers that lie in it and where in the group they are."""
+    """Hold a group of rows, with the pooled nodes (of the process's own) and the answers in it, and where in it they are."""
 
     group: RowGroup
     pooled: IntArray
@@ -38,77 +39,108 @@ class _Chunk:
     answer_places: IntArray
 
 
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """Hold what this process computes of a batch: its rows in chunks, and the process (N,) of each of the N pooled nodes.
+
+    own: those of the N that are its own; tokens: of the largest share of all, so that all choose the same way to compute.
+    """
+
+    pooled_nodes: IntArray
+    owners: IntArray
+    own: IntArray
+    chunks: list[_Chunk]
+    tokens: int
+
+
 def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int) -> StepLoss:
     """Add the gradient of L = L_exp + λ · L_imp to every parameter; return the losses. METHOD.md §4, §6.
 
     A trie of more than memory_tokens nodes is computed twice: once without a graph, for all vectors and the gradient of
     L_exp at them, then chunk by chunk with one, so that memory holds one chunk however large the batch is. Dropout draws
     the same numbers both times. The temperature takes part in both ways.
+
+    All processes call this with the same batch and empty gradients; each computes its share of the rows. Losses and
+    gradients are in every one of them those that one process would find. METHOD.md §7.13.
     """
-    pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
-    chunks = _chunks(encoder, batch, pooled_nodes)
-    if batch.trie.num_nodes <= memory_tokens:
-        return _in_one_graph(encoder, batch, objective, chunks, pooled_nodes)
-    return _cached(encoder, batch, objective, chunks, pooled_nodes)
+    share = _share(encoder, batch)
+    compute = _in_one_graph if share.tokens <= memory_tokens else _cached
+    explicit, implicit = compute(encoder, batch, objective, share)
+    _sum_over_processes(encoder, implicit)
+    total = float(explicit) + objective.implicit_weight * float(implicit)
+    return StepLoss(total, float(explicit), float(implicit))
 
 
-def _in_one_graph(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, chunks: list[_Chunk], pooled_nodes: IntArray
-) -> StepLoss:
-    states = [encoder(chunk.group, shared=batch.trie.shared) for chunk in chunks]
-    vectors = [pooled(_at(part, chunk.pooled_places)) for part, chunk in zip(states, chunks, strict=True)]
-    explicit = _explicit(encoder, batch, objective, _in_order(vectors, chunks, len(pooled_nodes)), pooled_nodes)
-    sums = [_implicit_sum(encoder, batch, part, chunk) for part, chunk in zip(states, chunks, strict=True)]
-    implicit = torch.stack(sums).sum() / max(1, len(batch.answer_nodes))
-    total = explicit + objective.implicit_weight * implicit
-    total.backward()  # type: ignore[no-untyped-call]
-    return StepLoss(*(float(part.detach()) for part in (total, explicit, implicit)))
+def _in_one_graph(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
+    """Return L_exp and this process's part of L_imp, after one backward pass."""
+    states = [encoder(chunk.group, shared=batch.trie.shared) for chunk in share.chunks]
+    vectors = [pooled(_at(part, chunk.pooled_places)) for part, chunk in zip(states, share.chunks, strict=True)]
+    explicit = _explicit(encoder, batch, objective, _in_order(vectors, share.chunks, len(share.own)), share)
+    sums = [_implicit_sum(encoder, batch, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
+    implicit = sum(sums, torch.zeros((), device=encoder.device)) / max(1, len(batch.answer_nodes))
+    _backward(explicit + objective.implicit_weight * implicit)
+    return explicit.detach(), implicit.detach()
 
 
-def _cached(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, chunks: list[_Chunk], pooled_nodes: IntArray
-) -> StepLoss:
-    device = encoder.device
-    generators, vectors = [], []
+def _cached(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
+    """Return L_exp and this process's part of L_imp, after two passes over its chunks."""
+    device, generators, vectors = encoder.device, [], []
     explicit, gradient = torch.zeros((), device=device), None
     if len(batch.positives):  # else there is nothing to learn from vectors, and the first pass would be for nothing
-        for chunk in chunks:
+        for chunk in share.chunks:
             generators.append(_random_state(device))
             with torch.no_grad():
                 vectors.append(pooled(_at(encoder(chunk.group, shared=batch.trie.shared), chunk.pooled_places)))
-        leaves = _in_order(vectors, chunks, len(pooled_nodes)).requires_grad_()
-        explicit = _explicit(encoder, batch, objective, leaves, pooled_nodes)
-        explicit.backward()  # type: ignore[no-untyped-call]
+        leaves = _in_order(vectors, share.chunks, len(share.own)).requires_grad_()
+        explicit = _explicit(encoder, batch, objective, leaves, share)
+        _backward(explicit)
         gradient = leaves.grad
-    implicit, count = 0.0, max(1, len(batch.answer_nodes))
-    for number, chunk in enumerate(chunks):
+    implicit, num_answers = torch.zeros((), device=device), max(1, len(batch.answer_nodes))
+    for number, chunk in enumerate(share.chunks):
         if gradient is not None:
             _set_random_state(device, generators[number])
         states = encoder(chunk.group, shared=batch.trie.shared)
-        chunk_implicit = _implicit_sum(encoder, batch, states, chunk) / count
+        chunk_implicit = _implicit_sum(encoder, batch, states, chunk) / num_answers
         total = objective.implicit_weight * chunk_implicit
         if gradient is not None:
             vector = pooled(_at(states, chunk.pooled_places))
-            total = total + (vector * gradient[torch.from_numpy(chunk.pooled).to(device)]).sum()
-        if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
-        implicit += float(chunk_implicit.detach())
-    return StepLoss(float(explicit.detach()) + objective.implicit_weight * implicit, float(explicit.detach()), implicit)
+            total = total + (vector * _at(gradient, chunk.pooled)).sum()
+        _backward(total)
+        implicit += chunk_implicit.detach()
+    return explicit.detach(), implicit
 
 
-def _chunks(encoder: Encoder, batch: Batch, pooled_nodes: IntArray) -> list[_Chunk]:
-    groups = [row_group(batch.trie, rows) for rows in batch.trie.chunks(encoder.chunk_tokens)]
-    return [_Chunk(group, *group.find(pooled_nodes), *group.find(batch.answer_nodes)) for group in groups]
+def _share(encoder: Encoder, batch: Batch) -> _Share:
+    """Share the rows of a batch out, so that all processes have as many tokens, and chunk those of this one."""
+    trie = batch.trie
+    owner_of_row = share_out(trie.row_lengths)
+    shares = [np.flatnonzero(owner_of_row == process) for process in range(count())]
+    groups = [row_group(trie, rows) for rows in trie.chunks(encoder.chunk_tokens, shares[rank()])]
+    pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
+    owners = owner_of_row[trie.rows_of(pooled_nodes)]
+    own = np.flatnonzero(owners == rank())
+    chunks = [_Chunk(group, *group.find(pooled_nodes[own]), *group.find(batch.answer_nodes)) for group in groups]
+    return _Share(
+        pooled_nodes,
+        owners,
+        own,
+        chunks or [_idle_chunk(batch)],
+        tokens=max(int(trie.row_lengths[rows].sum()) for rows in shares),
+    )
 
 
-def _explicit(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, vectors: Tensor, pooled_nodes: IntArray
-) -> Tensor:
-    """Return L_exp from the vectors of the pooled nodes, or 0 where it is off."""
+def _idle_chunk(batch: Batch) -> _Chunk:
+    """Return a chunk of which nothing is asked, for a process that has no rows."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return _Chunk(row_group(batch.trie, np.zeros(1, dtype=np.int64)), nothing, nothing, nothing, nothing)
+
+
+def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own: Tensor, share: _Share) -> Tensor:
+    """Return L_exp from this process's vectors (n, D) and those of the others, or 0 where it is off."""
     if not len(batch.positives):
         return torch.zeros((), device=encoder.device)
-    device = encoder.device
-    rows = [torch.from_numpy(np.searchsorted(pooled_nodes, nodes)).to(device)
+    device, vectors = encoder.device, gather_rows(own, share.owners)
+    rows = [torch.from_numpy(np.searchsorted(share.pooled_nodes, nodes)).to(device)
             for nodes in (batch.query_nodes, batch.candidate_nodes)]  # fmt: skip
     return dual_view_loss(
         vectors[rows[0]],
@@ -139,16 +171,37 @@ def _implicit_sum(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk)
     return torch.stack(sums).sum()
 
 
+def _sum_over_processes(encoder: Encoder, implicit: Tensor) -> None:
+    """Sum the gradients and L_imp's parts over the processes; the temperature's gradient, which all have whole, counts once."""
+    if count() == 1:
+        return
+    parameters = list(encoder.trainable().values())
+    if not is_main() and encoder.log_inverse_temperature.grad is not None:
+        encoder.log_inverse_temperature.grad.zero_()
+    # A parameter may have no gradient here, as the output head of a process without answers, and one elsewhere.
+    has_gradient = any_of([parameter.grad is not None for parameter in parameters])
+    gradients = []
+    for parameter, is_there in zip(parameters, has_gradient, strict=True):
+        if is_there:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    sum_in_place([*gradients, implicit])
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def _at(states: Tensor, places: IntArray) -> Tensor:
     return states[torch.from_numpy(places).to(states.device)]
 
 
 def _in_order(vectors: list[Tensor], chunks: list[_Chunk], count: int) -> Tensor:
-    """Return the vectors (count, D) of all chunks in the order of the pooled nodes."""
+    """Return the vectors (count, D) of all chunks in the order of their pooled nodes."""
     order = np.concatenate([chunk.pooled for chunk in chunks])
     assert len(order) == count
-    back = torch.from_numpy(np.argsort(order)).to(vectors[0].device)
-    return torch.cat(vectors)[back]
+    return _at(torch.cat(vectors), np.argsort(order))
 
 
 def _random_state(device: torch.device) -> Tensor:

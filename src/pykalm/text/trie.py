@@ -42,12 +42,17 @@ class TokenTrie:
         """Return the node of the last token of every text (N,): where it is pooled."""
         return self.paths[np.arange(len(self.lengths)), self.lengths - 1].astype(np.int64)
 
-    def chunks(self, max_tokens: int) -> list[IntArray]:
-        """Group rows, long ones first, so that a padded group holds at most max_tokens (one row at least).
+    def rows_of(self, nodes: IntArray) -> IntArray:
+        """Return the row of every given node."""
+        return np.searchsorted(self.row_starts, nodes, side="right") - 1
+
+    def chunks(self, max_tokens: int, rows: IntArray | None = None) -> list[IntArray]:
+        """Group rows (all by default), long ones first, so that a padded group holds at most max_tokens (one row at least).
 
         A group is padded to its longest row; rows of like length stand together, so that little is padded.
         """
-        rows = np.argsort(-self.row_lengths, kind="stable")
+        rows = np.arange(len(self.row_lengths)) if rows is None else rows
+        rows = rows[np.argsort(-self.row_lengths[rows], kind="stable")]
         groups: list[IntArray] = []
         while len(rows):
             fit = max(1, max_tokens // int(self.row_lengths[rows[0]]))
