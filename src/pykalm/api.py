@@ -23,6 +23,7 @@ from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.train import StepReport, Trainer, require_trackers
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
+from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
 from pykalm.resolve import resolve_settings
@@ -63,6 +64,8 @@ def train(
     require_trackers(config.training.trackers)
     with only_writer(out):
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
+        if config.training.compile:
+            compile_layers(run.encoder.causal_lm)
         _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
 

@@ -18,7 +18,6 @@ SETTINGS = {
     "text.descriptions": False,
     "training.epochs": 4,
     "training.batch_size": 64,
-    "training.row_tokens": 256,
     "training.learning_rate": 2e-3,
     "training.evaluate_every": 44,
 }

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
-from pykalm.model import attention, packing
+from pykalm.model import attention, matmul_attention, packing
 from pykalm.model.encoder import Encoder
 from pykalm.model.packing import choose_passes, packed_difference
 from pykalm.text.trie import build_trie
@@ -78,6 +79,33 @@ def test_packed_trie_equals_separate_passes() -> None:
             assert abs(loss.total - float(expected.detach())) < 2e-5, (family, template, loss.total, float(expected))
             difference = largest_difference(packed, copied_gradients(encoder))
             assert difference < 2e-4, (family, template, difference)
+
+
+def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
+    """The trie read with the faster attention, the loops with the family's own; scores are kept, rounding reaches 2e-6."""
+    for family in FAMILIES:
+        encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph())
+        own = encoder.attention
+        for faster in encoder.faster_attentions():
+            encoder.use_attention(faster)
+            loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
+            encoder.use_attention(own)
+            encoder.zero_grad()
+            expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer))
+            expected.backward()
+            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, faster, loss.total, float(expected))
+            difference = largest_difference(packed, copied_gradients(encoder))
+            assert difference < 2e-4, (family, faster, difference)
+
+
+def test_most_families_take_the_faster_attention() -> None:
+    """Falcon, say, computes attention in its own way; where the start check does not see the faster one, it is not used."""
+    verbalizer, fast = tiny_verbalizer(tiny_graph()), set()
+    for family in FAMILIES:
+        encoder = tiny_encoder(family)
+        choose_passes(encoder, verbalizer)
+        fast |= {family} if encoder.attention == matmul_attention.NAME else set()
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"} <= fast
 
 
 def test_the_loss_at_a_low_temperature_is_that_of_the_formula() -> None:
@@ -193,9 +221,21 @@ def subtree_ends_one_late() -> AbstractContextManager[None]:
     return replaced(attention, "visible", lambda ends, depths, window=None: right(ends + 1, depths, window))
 
 
+def attention_forgets_its_scale() -> AbstractContextManager[None]:
+    """Take the products of queries and keys as they are, for every head width; the registered function is replaced."""
+    right = matmul_attention.matmul_attention
+
+    def wrong(*arguments: object, scaling: float | None = None, **options: object) -> tuple[Tensor, None]:
+        return right(*arguments, scaling=1.0, **options)  # type: ignore[arg-type]
+
+    return mock.patch.dict(AttentionInterface._global_mapping, {matmul_attention.NAME: wrong})
+
+
 BREAKS = {
     "siblings see each other": siblings_see_each_other,
     "the window counts places in the row": window_counts_places_in_the_row,
     "a subtree ends one node late": subtree_ends_one_late,
 }
 CHECKS = dict.fromkeys(BREAKS, "test_packed_trie_equals_separate_passes")
+BREAKS["attention forgets its scale"] = attention_forgets_its_scale
+CHECKS["attention forgets its scale"] = "test_attention_by_matrix_products_gives_what_separate_passes_give"

@@ -191,7 +191,7 @@ def test_out_of_memory_is_not_taken_for_a_model_without_masks(monkeypatch: pytes
     def refuse(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(packing, "packed_difference", refuse)
+    monkeypatch.setattr(packing, "_read_packed", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         packing.choose_passes(tiny_encoder(), tiny_verbalizer(tiny_graph()))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import trie_attention
+from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.text.texts import Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
 
@@ -65,6 +66,21 @@ class Encoder(nn.Module):
     def width(self) -> int:
         """Return D, the width of a vector: that of the states which the output head reads."""
         return int(self.causal_lm.get_output_embeddings().weight.shape[-1])
+
+    @property
+    def attention(self) -> str:
+        """Return the name that transformers has for the attention in use."""
+        return str(self.causal_lm.config._attn_implementation)
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention in another way from now on, by the name that transformers has for it."""
+        if name != self.attention:
+            self.causal_lm.set_attn_implementation(name)
+
+    def faster_attentions(self) -> list[str]:
+        """Name what to try before the model's own attention on this device, for models that let it be chosen."""
+        can_choose = self.attention == "sdpa" and type(self.causal_lm)._can_set_attn_implementation()
+        return [MATMUL_ATTENTION] if can_choose and self.device.type == "cpu" else []
 
     def temperature(self) -> float:
         """Return τ; inf or 0 where a training has thrown log(1/τ) out of range."""

@@ -30,13 +30,27 @@ def packed_difference(encoder: Encoder, texts: list[TokenIds]) -> tuple[float, f
 
     Rounding is what moves a vector when a text is read in a padded group of texts instead of alone.
     """
-    packed_row = max(encoder.row_tokens, sum(map(len, texts)) // 2)
-    packed = _embed_as(encoder, texts, packed=True, row_tokens=packed_row, chunk_tokens=encoder.chunk_tokens)
+    alone, noise = _read_alone(encoder, texts)
+    return _largest_distance(_read_packed(encoder, texts), alone), noise
+
+
+def _read_packed(encoder: Encoder, texts: list[TokenIds]) -> torch.Tensor:
+    """Embed texts in one trie of two rows at most, so that many of them share a row."""
+    row_tokens = max(encoder.row_tokens, sum(map(len, texts)) // 2)
+    return _embed_as(encoder, texts, packed=True, row_tokens=row_tokens, chunk_tokens=encoder.chunk_tokens)
+
+
+def _read_alone(encoder: Encoder, texts: list[TokenIds]) -> tuple[torch.Tensor, float]:
+    """Embed every text alone; return the vectors, and how far rounding moves one when it is read in a padded group."""
     ways = (encoder.chunk_tokens, 1)  # one token at once is one text at once
     grouped, alone = (
         _embed_as(encoder, texts, packed=False, row_tokens=encoder.row_tokens, chunk_tokens=tokens) for tokens in ways
     )
-    return tuple(float((vectors - alone).norm(dim=1).max()) for vectors in (packed, grouped))  # type: ignore[return-value]
+    return alone, _largest_distance(grouped, alone)
+
+
+def _largest_distance(vectors: torch.Tensor, others: torch.Tensor) -> float:
+    return float((vectors - others).norm(dim=1).max())
 
 
 def largest_allowed(encoder: Encoder, noise: float) -> float:
@@ -59,24 +73,39 @@ def _embed_as(
 def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     """Let the encoder share prefixes where its model reads a trie exactly; else let it take separate passes and say so.
 
-    Real texts of the graph are read both ways. METHOD.md §6.
+    Real texts of the graph are read alone, with the model's own attention, and in a trie, with the fastest attention
+    that gives the same vectors, or with the model's own. METHOD.md §6.
     """
     texts = _sample_texts(verbalizer)
     _require_known_tokens(encoder, texts)
-    name = type(encoder.causal_lm).__name__
+    name, own = type(encoder.causal_lm).__name__, encoder.attention
+    alone, noise = _read_alone(encoder, texts)
+    for attention in (*encoder.faster_attentions(), own):
+        encoder.use_attention(attention)
+        difference = _difference_from(encoder, texts, alone)
+        encoder.packed = difference <= largest_allowed(encoder, noise)
+        if encoder.packed:
+            return
+    log.warning(
+        "%s does not read a token trie as it reads separate texts (vectors differ by %.2g, rounding by %.2g); taking "
+        "separate passes: same result, slower.", name, difference, noise,
+    )  # fmt: skip
+
+
+def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor) -> float:
+    """Return the largest distance of the texts' vectors in one trie from those read alone; inf where a trie is refused."""
     try:
-        difference, noise = packed_difference(encoder, texts)
+        return _largest_distance(_read_packed(encoder, texts), alone)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         if is_out_of_memory(error):
             raise  # says nothing about the mask
-        log.info("%s takes no attention mask of its own (%s)", name, error)
-        difference, noise = float("inf"), 0.0
-    encoder.packed = difference <= largest_allowed(encoder, noise)
-    if not encoder.packed:
-        log.warning(
-            "%s does not read a token trie as it reads separate texts (vectors differ by %.2g, rounding by %.2g); taking "
-            "separate passes: same result, slower.", name, difference, noise,
-        )  # fmt: skip
+        log.info(
+            "%s takes no attention mask of its own with %s (%s)",
+            type(encoder.causal_lm).__name__,
+            encoder.attention,
+            error,
+        )
+        return float("inf")
 
 
 @torch.no_grad()

@@ -36,6 +36,9 @@ ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, 
              "graph_fingerprint": str, "tokenizer_fingerprint": str}  # fmt: skip
 """What alignment.json must hold to be used, besides what is there for the reader."""
 
+ROW_TOKENS = {"cpu": 128, "cuda": 1024}
+"""Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost 1 %."""
+
 MEMORY_REMEDY = (
     "The model does not fit: take a smaller one, training.precision=bf16, adapter.quantize=4bit (on a GPU), another "
     "device, or, where it was reading texts, a lower training.chunk_tokens."
@@ -131,9 +134,15 @@ def build_encoder(
         temperature=temperature,
         learn_temperature=config.objective.learn_temperature,
         precision=training.precision,
-        row_tokens=training.row_tokens,
+        row_tokens=row_tokens(config, next(model.parameters()).device),
         chunk_tokens=training.chunk_tokens,
     )
+
+
+def row_tokens(config: Config, device: torch.device) -> int:
+    """Return the tokens of a packed row: those of the settings, else what suits the device, a forward pass at most."""
+    training = config.training
+    return training.row_tokens or min(ROW_TOKENS.get(device.type, ROW_TOKENS["cuda"]), training.chunk_tokens)
 
 
 def load_base(config: Config, *, device: str | None = None) -> LanguageModel:

@@ -1,0 +1,92 @@
+"""Claims about what makes a pass faster and changes nothing: dropout's numbers, attention by products, compiled layers."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pykalm.errors import ModelError
+from pykalm.model import layers
+from pykalm.model.dropout import Dropout
+from pykalm.model.layers import compile_layers, find_layers
+from pykalm.model.matmul_attention import matmul_attention
+from pykalm.text.trie import row_group
+from tests.laws.common import build_batch, gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.tiny_models import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype: torch.dtype) -> None:
+    """Of 2^20 numbers 5 % are dropped, give or take 0.1 % (five deviations); the rest are divided by 0.95."""
+    torch.manual_seed(0)
+    x = torch.ones(1 << 20, dtype=dtype, requires_grad=True)
+    y = Dropout(0.05).train()(x)
+    assert abs(float((y == 0).float().mean()) - 0.05) < 1e-3
+    assert torch.allclose(y[y != 0].float(), torch.tensor(1 / 0.95), rtol=4e-3)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_dropout_is_a_function_of_the_seed_and_nothing_in_evaluation() -> None:
+    dropout, x = Dropout(0.3).train(), torch.randn(7, 33)
+    torch.manual_seed(5)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0).train()(x), x)
+
+
+def test_attention_by_products_equals_the_fused_kernel_with_grouped_heads_and_a_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 5, 8, generator=generator)
+    key, value = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(2))
+    sees = torch.rand(2, 1, 5, 5, generator=generator) < 0.5
+    sees |= torch.eye(5, dtype=torch.bool)
+    added = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    module = torch.nn.Linear(1, 1).eval()
+    found, _ = matmul_attention(module, query, key, value, added, scaling=0.3)
+    repeated = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=sees, scale=0.3)
+    assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
+
+
+def test_attention_by_products_refuses_what_it_does_not_compute() -> None:
+    part = torch.randn(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="softcap not computed here"):
+        matmul_attention(torch.nn.Linear(1, 1), part, part, part, None, softcap=30.0)
+
+
+def test_the_layers_of_every_family_are_found() -> None:
+    for family in FAMILIES:
+        model = tiny_model(family)
+        assert [len(stack) for _, stack in find_layers(model)] == [model.config.num_hidden_layers], family
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_compiled_layers_give_the_same_gradients() -> None:
+    """Float32; fused operations round otherwise, by less than 1e-4 of a gradient's length."""
+    encoder = tiny_encoder(row_tokens=48).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
+    plain_loss, plain = gradients(encoder, batch)
+    compile_layers(encoder.causal_lm)
+    loss, compiled = gradients(encoder, batch)
+    assert abs(loss.total - plain_loss.total) < 1e-5
+    assert largest_difference(compiled, plain) < 1e-4
+    group = row_group(batch.trie, np.array([0]))
+    assert encoder(group, shared=True).shape == (group.token_ids.size, encoder.width)
+
+
+def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise layers.TorchDynamoException("no working C++ compiler found")
+
+    encoder = tiny_encoder()
+    monkeypatch.setattr(encoder.causal_lm.base_model, "forward", refuse)
+    with pytest.raises(
+        ModelError, match=r"training\.compile: wanted to compile.*no working C\+\+.*training\.compile=false"
+    ):
+        compile_layers(encoder.causal_lm)
