@@ -1,7 +1,8 @@
 """Batches: which triples a step learns from, and the trie, positives and masks that follow from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +39,14 @@ class TripleOrder:
     """Say which training triples step k learns from: every one once an epoch, a function of seed and step alone.
 
     triples (N, 3); batching: a name of ORDERS. The last batch of an epoch may be short. Nothing to save: a resumed run
-    asks for its step.
+    asks for its step. Batches are made when they are asked for, and kept until another epoch is.
     """
 
     triples: IntArray
     batch_size: int
     seed: int
     batching: str = "random"
-    _epochs: dict[int, IntArray] = field(default_factory=dict)
+    _epochs: dict[int, tuple[Iterator[IntArray], list[IntArray]]] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,16 +56,14 @@ class TripleOrder:
     def at(self, step: int) -> IntArray:
         """Return the triples (at most batch_size, 3) of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        chosen: IntArray = self.triples[self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
-        return chosen
-
-    def _epoch(self, epoch: int) -> IntArray:
-        """Return the order of an epoch, kept until another one is asked for."""
         if epoch not in self._epochs:
             self._epochs.clear()
             generator = np.random.default_rng([self.seed, epoch])
-            self._epochs[epoch] = ORDERS[self.batching](self.triples, generator, self.batch_size)
-        return self._epochs[epoch]
+            self._epochs[epoch] = ORDERS[self.batching](self.triples, generator, self.batch_size), []
+        to_come, made = self._epochs[epoch]
+        made.extend(islice(to_come, max(0, place + 1 - len(made))))
+        chosen: IntArray = self.triples[made[place]]
+        return chosen
 
 
 @dataclass(frozen=True, eq=False)
