@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from pykalm.errors import ModelError
-from pykalm.evaluate import links, ranking
+from pykalm.evaluate import counts, links, ranking
+from pykalm.evaluate.counts import Candidates
 from pykalm.evaluate.links import evaluate_links
 from pykalm.evaluate.ranking import RankTable, rank, rank_metrics
 from pykalm.graph.graph import IntArray
 from pykalm.graph.known import known_answers
-from pykalm.model import index
 from pykalm.model.index import distinct_rows
 from tests.evaluate.fakes import (
     BORDERS,
@@ -34,11 +35,14 @@ from tests.laws.common import replaced
 Case = tuple[torch.Tensor, torch.Tensor, IntArray, IntArray, tuple[IntArray, IntArray]]
 
 
-def random_case(seed: int, *, num_queries: int, num_entities: int) -> Case:
-    """Draw whole-number vectors: their products are exact in float32, so that ties are many and certain."""
+def random_case(seed: int, *, num_queries: int, num_entities: int, width: int = 3) -> Case:
+    """Draw whole-number vectors: their products are exact in float32, so that ties are many and certain.
+
+    With width 1 there are five vectors, which many entities share; with width 3, vectors that differ score the same.
+    """
     generator = np.random.default_rng(seed)
-    query = generator.integers(-2, 3, size=(num_queries, 3)).astype(np.float32)
-    vectors = generator.integers(-2, 3, size=(num_entities, 3)).astype(np.float32)
+    query = generator.integers(-2, 3, size=(num_queries, width)).astype(np.float32)
+    vectors = generator.integers(-2, 3, size=(num_entities, width)).astype(np.float32)
     distinct, row_of_entity = distinct_rows(torch.from_numpy(vectors))
     targets = generator.integers(num_entities, size=num_queries)
     is_known = generator.random((num_queries, num_entities)) < 0.2
@@ -63,7 +67,7 @@ def brute_force(case: Case) -> list[tuple[int, float, int, int]]:
     return ranks
 
 
-def run(case: Case, **settings: int) -> RankTable:
+def run(case: Case, **settings: Any) -> RankTable:
     query, distinct, row_of_entity, targets, known = case
     return rank(query, distinct, row_of_entity=row_of_entity, targets=targets, known=known, **settings)
 
@@ -90,6 +94,78 @@ def test_ranks_do_not_depend_on_the_chunk() -> None:
     case = random_case(1, num_queries=23, num_entities=50)
     for chunk_queries in (1, 2, 5, 22, 23, 1000):
         assert columns(run(case, chunk_queries=chunk_queries)) == brute_force(case)
+
+
+@pytest.mark.parametrize("chunk_entities", [1, 2, 3, 7, 49, 50, 1000])
+def test_ranks_do_not_depend_on_the_blocks_of_entities(chunk_entities: int) -> None:
+    for width in (1, 3):
+        case = random_case(2, num_queries=23, num_entities=50, width=width)
+        expected = brute_force(case)
+        for chunk_queries in (1, 6, 1000):
+            found = run(case, chunk_entities=chunk_entities, chunk_queries=chunk_queries)
+            assert columns(found) == expected
+
+
+def test_ranks_equal_in_blocks_of_seven() -> None:
+    case = random_case(6, num_queries=40, num_entities=45)
+    assert columns(run(case, chunk_entities=7)) == brute_force(case)
+
+
+def test_every_entity_of_a_shared_vector_counts_and_is_removed_by_itself() -> None:
+    # Of 60 entities with five vectors, a fifth are known answers; many of these share the vector of the target.
+    for seed in range(5):
+        case = random_case(seed, num_queries=30, num_entities=60, width=1)
+        assert len(case[1]) == 5
+        assert columns(run(case)) == brute_force(case)
+
+
+def test_a_known_answer_that_shares_the_targets_vector_is_removed() -> None:
+    # Entities 0, 1 and 2 share a vector, 3 is above, 4 below. The target is 1; known are 1 itself, 2 and 3.
+    # Left are 0, 1 and 4: nothing is above, two are level.
+    table = rank(
+        torch.tensor([[1.0]]),
+        torch.tensor([[0.5], [0.7], [0.1]]),
+        row_of_entity=np.array([0, 0, 0, 1, 2]),
+        targets=np.array([1]),
+        known=(np.array([0, 3]), np.array([1, 2, 3])),
+    )
+    assert columns(table) == [(1, 1.5, 2, 3)]
+
+
+def test_targets_of_one_query_are_ranked_as_if_each_asked_by_itself() -> None:
+    query, distinct, row_of_entity, _, known = random_case(3, num_queries=9, num_entities=40)
+    generator = np.random.default_rng(4)
+    query_of_target, targets = generator.integers(9, size=300), generator.integers(40, size=300)
+    query_of_target[30:] = 5  # more targets of one query than are counted at once
+    answers = [known[1][known[0][q] : known[0][q + 1]] for q in query_of_target]
+    offsets = np.concatenate([[0], np.cumsum([len(entities) for entities in answers])])
+    apart = (query[query_of_target], distinct, row_of_entity, targets, (offsets, np.concatenate(answers)))
+    together = (query, distinct, row_of_entity, targets, known)
+    expected = brute_force(apart)
+    for chunk_queries in (1, 4, 100):
+        found = run(together, query_of_target=query_of_target, chunk_queries=chunk_queries)
+        assert columns(found) == expected
+
+
+def test_narrow_vectors_are_ranked_by_their_float32_scores() -> None:
+    # Whole numbers are the same in float16; the queries stay float32.
+    query, distinct, *rest = random_case(5, num_queries=20, num_entities=50)
+    assert columns(run((query, distinct.half(), *rest))) == brute_force((query, distinct, *rest))
+    # 1 + 2^-10 is a float16, its square is not: rounded to float16, the second entity would be level with the first.
+    table = without_filter(torch.tensor([[1 + 2**-10]]), torch.tensor([[1 + 2**-10], [1.0]]).half(), [1])
+    assert columns(table) == [(2, 2.0, 2, 2)]
+
+
+def test_vectors_that_score_the_same_are_level() -> None:
+    # 500 vectors differ only where the queries are 0, in blocks of 40 among others.
+    generator = torch.Generator().manual_seed(0)
+    query, vectors = torch.randn(40, 576, generator=generator), torch.randn(1000, 576, generator=generator)
+    query[:, 200:] = 0
+    vectors[::2, :200] = vectors[0, :200]
+    nothing = (np.zeros(41, dtype=np.int64), np.empty(0, dtype=np.int64))
+    everyone = np.arange(1000)
+    table = rank(query, vectors, row_of_entity=everyone, targets=everyone[:80:2], known=nothing, chunk_entities=40)
+    assert (table.pessimistic - table.optimistic + 1).tolist() == [500] * 40
 
 
 def test_known_answers_are_removed_not_lowered() -> None:
@@ -191,19 +267,64 @@ def ties_in_our_favour() -> Iterator[None]:
 @contextmanager
 def known_answers_lowered_by_one() -> Iterator[None]:
     """Filter as the published code does. METHOD.md §7.3."""
+    right = counts._compare
 
-    def wrong(scores: np.ndarray, queries: IntArray, entities: IntArray) -> None:
-        scores[queries, entities] -= 1
+    def wrong(scores: np.ndarray, at_target: np.ndarray, shares_vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        still_above, still_level = scores - 1 > at_target, scores - 1 == at_target
+        is_above, is_level = right(scores, at_target, shares_vector)
+        return is_above & ~still_above, is_level & ~still_level
 
-    with mock.patch.object(ranking, "_remove", wrong):
+    with mock.patch.object(counts, "_compare", wrong):
         yield
 
 
 @contextmanager
 def nan_is_ranked() -> Iterator[None]:
     """Let NaN through: every comparison with it is false, so that the target seems to be first."""
-    with mock.patch.object(index, "_require_finite", return_value=None):
+    with mock.patch.object(counts, "require_finite", return_value=None):
         yield
+
+
+@contextmanager
+def a_shared_vector_counts_once() -> Iterator[None]:
+    """Count distinct texts, not entities."""
+    right = Candidates.cut
+
+    def wrong(vectors: torch.Tensor, row_of_entity: IntArray, **settings: Any) -> Candidates:
+        candidates = right(vectors, row_of_entity, **settings)
+        candidates.entities_of_row.fill_(1)
+        return candidates
+
+    with mock.patch.object(Candidates, "cut", wrong):
+        yield
+
+
+@contextmanager
+def the_last_block_is_left_out() -> Iterator[None]:
+    """Count whole blocks of entities only."""
+    right = Candidates.cut
+
+    def wrong(vectors: torch.Tensor, row_of_entity: IntArray, **settings: Any) -> Candidates:
+        candidates = right(vectors, row_of_entity, **settings)
+        candidates.entities_of_row[candidates.blocks[-1]] = 0
+        return candidates
+
+    with mock.patch.object(Candidates, "cut", wrong):
+        yield
+
+
+def a_shared_vector_is_removed_as_one() -> AbstractContextManager[None]:
+    """Leave known answers in that share the target's vector, as if they were the target."""
+    return replaced(counts, "_compare", lambda scores, at, shares: (~shares & (scores > at), ~shares & (scores == at)))
+
+
+def the_targets_score_adds_up_in_another_order() -> AbstractContextManager[None]:
+    """Multiply each query with its target row by row: cheaper, and one rounding away from the block's product."""
+
+    def wrong(query: torch.Tensor, of_target: IntArray, rows: IntArray, candidates: Candidates) -> torch.Tensor:
+        return (query[torch.from_numpy(of_target)].double() * candidates.choose(rows)).sum(dim=1).float()
+
+    return replaced(counts, "_paired_scores", wrong)
 
 
 def only_train_is_removed() -> AbstractContextManager[None]:
@@ -220,6 +341,10 @@ BREAKS = {
     "ranks report ties in our favour": ties_in_our_favour,
     "known answers lowered by 1, not removed": known_answers_lowered_by_one,
     "NaN gets a rank": nan_is_ranked,
+    "a shared vector counts once": a_shared_vector_counts_once,
+    "the last block of entities is left out": the_last_block_is_left_out,
+    "known answers with the target's vector stay": a_shared_vector_is_removed_as_one,
+    "the target's score adds up in another order": the_targets_score_adds_up_in_another_order,
     "only what train knows is removed": only_train_is_removed,
     "what test knows is not removed": only_train_and_valid_are_removed,
 }
@@ -227,6 +352,10 @@ CHECKS = {
     "ranks report ties in our favour": "test_all_equal_scores_give_half_of_n_plus_one",
     "known answers lowered by 1, not removed": "test_known_answers_are_removed_not_lowered",
     "NaN gets a rank": "test_a_score_that_is_no_number_raises",
+    "a shared vector counts once": "test_every_entity_of_a_shared_vector_counts_and_is_removed_by_itself",
+    "the last block of entities is left out": "test_ranks_equal_in_blocks_of_seven",
+    "known answers with the target's vector stay": "test_a_known_answer_that_shares_the_targets_vector_is_removed",
+    "the target's score adds up in another order": "test_vectors_that_score_the_same_are_level",
     "only what train knows is removed": "test_answers_that_any_split_knows_are_removed",
     "what test knows is not removed": "test_answers_that_any_split_knows_are_removed",
 }

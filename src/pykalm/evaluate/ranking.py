@@ -8,13 +8,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pykalm.evaluate.counts import (
+    Candidates,
+    KnownRows,
+    count_targets,
+    even_slices,
+    exact_float32,
+    require_finite_scores,
+)
 from pykalm.graph.graph import IntArray
-from pykalm.model.index import entity_scores
 
 FloatArray = npt.NDArray[np.float64]
-KnownRows = tuple[IntArray, IntArray]
 
 CHUNK_QUERIES = 256
+CHUNK_ENTITIES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,48 +72,45 @@ def rank(
     row_of_entity: IntArray,
     targets: IntArray,
     known: KnownRows,
+    query_of_target: IntArray | None = None,
     chunk_queries: int = CHUNK_QUERIES,
+    chunk_entities: int = CHUNK_ENTITIES,
+    device: torch.device | str | None = None,
 ) -> RankTable:
-    """Rank the target of every query among all entities, without the other entities known to answer it.
+    """Rank B targets among all entities, each without the other entities known to answer its query.
 
-    query (B, D); entities (U, D) distinct vectors, of which entity e has row_of_entity[e]; targets (B,);
-    known: offsets (B + 1,) and entities, distinct for each query; the target may be among them and is kept.
-    Memory grows with chunk_queries * E, not with B; entities need no chunks, for the scores of a query are a
-    D-th of the vectors. Raises ModelError where a score is NaN or infinite: it has no rank.
-    EVALUATION.md §1.
+    query (Q, D); entities (U, D) distinct vectors, float32 or narrower, of which entity e has row_of_entity[e]; targets
+    (B,), asked for by query_of_target (B,), by default target b by query b; known: offsets (Q + 1,) and entities,
+    distinct for each query; the target may be among them and is kept. Scores are float32. They are computed on
+    `device`, by default where the entities are; these are moved there block by block and may lie on disk.
+
+    Beside what is given, the result and 12 bytes a vector, memory is at most, with c = chunk_queries (256 at least) and
+    e = chunk_entities, 12·c·e bytes for scores, 4·D·(c + e) + 8·D·c for vectors, and 80 for each pair of a target and a
+    known answer of c queries: it grows neither with B nor with E. Raises ModelError where a score may be NaN or
+    infinite: it has no rank. EVALUATION.md §1.
     """
     offsets, known_entities = known
-    assert len(query) == len(targets) == len(offsets) - 1
-    rows = torch.from_numpy(row_of_entity)
-    better, equal, candidates = (np.empty(len(targets), dtype=np.int64) for _ in range(3))
-    for start in range(0, len(targets), chunk_queries):
-        chunk = slice(start, min(start + chunk_queries, len(targets)))
-        scores = entity_scores(query[chunk], entities, rows).numpy()
-        chunk_offsets = offsets[chunk.start : chunk.stop + 1]
-        removed = known_entities[chunk_offsets[0] : chunk_offsets[-1]]
-        better[chunk], equal[chunk], candidates[chunk] = _count(
-            scores, targets[chunk], (chunk_offsets - chunk_offsets[0], removed)
-        )
-    return _rank_table(better, equal, candidates)
-
-
-def _count(scores: npt.NDArray[np.float32], targets: IntArray, known: KnownRows) -> tuple[IntArray, IntArray, IntArray]:
-    """Count in scores (B, E), which it overwrites, the entities above the target, level with it, and left."""
-    offsets, known_entities = known
-    queries = np.arange(len(targets))
-    target_scores = scores[queries, targets][:, None]
-    query_of_known = np.repeat(queries, np.diff(offsets))
-    is_other = known_entities != targets[query_of_known]
-    _remove(scores, query_of_known[is_other], known_entities[is_other])
-    num_removed = np.bincount(query_of_known[is_other], minlength=len(targets))
-    better = np.count_nonzero(scores > target_scores, axis=1)
-    equal = np.count_nonzero(scores == target_scores, axis=1)
-    return better, equal, scores.shape[1] - num_removed
-
-
-def _remove(scores: npt.NDArray[np.float32], queries: IntArray, entities: IntArray) -> None:
-    """Take entities out of the ranking, in place; lowering their scores would not do. METHOD.md §7.3."""
-    scores[queries, entities] = -np.inf
+    wanted = np.arange(len(targets)) if query_of_target is None else query_of_target
+    assert len(query) == len(offsets) - 1
+    assert len(targets) == len(wanted)
+    place = entities.device if device is None else torch.device(device)
+    candidates = Candidates.cut(entities, row_of_entity, block=chunk_entities, device=place)
+    require_finite_scores(query, candidates)
+    order = np.argsort(wanted, kind="stable")
+    first_target = np.searchsorted(wanted[order], np.arange(len(query) + 1))
+    counts = np.empty((3, len(targets)), dtype=np.int64)
+    with exact_float32():
+        for chunk in even_slices(len(query), chunk_queries):
+            chosen = order[first_target[chunk.start] : first_target[chunk.stop]]
+            first, last = offsets[chunk.start], offsets[chunk.stop]
+            counts[:, chosen] = count_targets(
+                query[chunk].to(place).float(),
+                wanted[chosen] - chunk.start,
+                targets[chosen],
+                known=(offsets[chunk.start : chunk.stop + 1] - first, known_entities[first:last]),
+                candidates=candidates,
+            )
+    return _rank_table(*counts)
 
 
 def _rank_table(better: IntArray, equal: IntArray, num_candidates: IntArray) -> RankTable:

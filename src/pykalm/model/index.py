@@ -6,6 +6,7 @@ product is cut into blocks: ties are counted, not broken by rounding.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +135,14 @@ def entity_scores(query: Tensor, vectors: Tensor, row_of_entity: Tensor) -> Tens
     Raises ModelError where a score is not a finite number: such scores cannot be ordered.
     """
     scores = query.float() @ vectors.float().T
-    _require_finite(scores)
+    for extreme in scores.aminmax() if scores.numel() else ():  # aminmax keeps a NaN, and needs no memory
+        require_finite(float(extreme))
     return scores.index_select(1, row_of_entity)
 
 
-def _require_finite(scores: Tensor) -> None:
-    # aminmax keeps a NaN, and needs no memory.
-    if scores.numel() and not all(bool(extreme.isfinite()) for extreme in scores.aminmax()):
+def require_finite(extreme: float) -> None:
+    """Raise ModelError where the largest or smallest score is not a finite number."""
+    if not math.isfinite(extreme):
         raise ModelError(
             "wanted finite scores, found NaN or infinity in the vectors of queries or entities. The weights "
             "are damaged or float16 is too narrow: take an earlier checkpoint, or use bfloat16 or float32."
