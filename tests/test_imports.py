@@ -26,6 +26,7 @@ LAYERS = [
     "use",
     "resolve",
     "api",
+    "bench",
     "terminal",
     "demo",
     "cli",

@@ -1,0 +1,130 @@
+"""The bench: all measurements of a plan, one after the other, as plain data for programs."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pykalm.bench.embedding import measure_embedding
+from pykalm.bench.machine import describe_machine
+from pykalm.bench.plan import QUICK, Plan, Workshop, with_changes
+from pykalm.bench.published import BATCH_SIZE, COMPLETIONS
+from pykalm.bench.ranking import measure_ranking
+from pykalm.bench.scaling import measure_scaling
+from pykalm.bench.timing import Spread
+from pykalm.bench.training import GraphTraining, measure_training
+from pykalm.bench.utilisation import Utilisation, measure_utilisation
+from pykalm.files import replace_file
+
+FORMAT = 1
+Watch = Callable[[int, int, str], None]
+Results = dict[str, Any]
+
+
+def run_bench(
+    *, out: str | Path | None = None, quick: bool = False, watch: Watch | None = None, **changes: Any
+) -> Results:
+    """Measure, and write the results to a JSON file after every measurement; return them as plain data.
+
+    quick: the short form for CI; changes: fields of the plan (pykalm.bench.plan.Plan) by name, None leaving one as it
+    is. Raises UsageError for a plan that cannot be measured, GraphError and ModelError where something is not here.
+    """
+    plan = with_changes(QUICK if quick else Plan(), **changes)
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    workshop = Workshop.open(plan)
+    results = _header(workshop)
+    jobs = _jobs(plan)
+    for number, (note, measure) in enumerate(jobs):
+        if watch is not None:
+            watch(number, len(jobs), note)
+        _join(results, measure(workshop))
+        if out is not None:
+            _write(Path(out), results)
+    return results
+
+
+def _jobs(plan: Plan) -> list[tuple[str, Callable[[Workshop], Results]]]:
+    """Return what is to be measured, each with a word for it; all but training and scaling take the first graph."""
+    first = plan.graphs[0]
+    jobs: dict[str, list[tuple[str, Callable[[Workshop], Results]]]] = {
+        "train": [(f"training on {graph}", _training_job(graph)) for graph in plan.graphs],
+        "utilisation": [("utilisation", lambda shop: {"train": _utilisation(measure_utilisation(shop, first))})],
+        "embed": [("embedding", lambda shop: {"embed": plain(measure_embedding(shop, first))})],
+        "rank": [("ranking", lambda shop: {"rank": plain(measure_ranking(shop, first))})],
+        "scaling": [("scaling", lambda shop: {"scaling": [plain(part) for part in measure_scaling(shop)]})],
+    }
+    return [job for name in plan.only for job in jobs[name]]
+
+
+def _training_job(graph: str) -> Callable[[Workshop], Results]:
+    return lambda shop: {"train": {shop.graph(graph).name: _training(measure_training(shop, graph))}}
+
+
+def _training(measured: GraphTraining) -> Results:
+    """Return `<batching>.examples_per_second` and the like, with the baselines beside them."""
+    batchings = {}
+    for name, speed in measured.batchings.items():
+        ratios = {field: value for field, value in vars(speed).items() if field.startswith("ratio")}
+        batchings[name] = plain({**vars(speed.kalm), **ratios}) | {"separate_unpadded": plain(speed.separate_unpadded)}
+    baselines = ("published", "published_without_unused")
+    return {**batchings, **{name: plain(getattr(measured, name)) for name in baselines}}
+
+
+def _utilisation(measured: Utilisation) -> Results:
+    """Return the lower share of the two ways of batching as the figure, and the rest beside it."""
+    lowest = min(spread.median for spread in measured.share.values())
+    return {"utilisation": lowest, "utilisation_details": plain(measured)}
+
+
+def plain(value: Any) -> Any:
+    """Turn measurements into plain data: a spread is its median, with [smallest, largest] under `spread` beside it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(vars(value))
+    if not isinstance(value, dict):
+        return value
+    data = {name: part.median if isinstance(part, Spread) else plain(part) for name, part in value.items()}
+    spread = {name: [part.smallest, part.largest] for name, part in value.items() if isinstance(part, Spread)}
+    return {**data, "spread": spread} if spread else data
+
+
+def _header(workshop: Workshop) -> Results:
+    """Say what the figures belong to."""
+    plan = dataclasses.asdict(workshop.plan) | {
+        "batch_size": workshop.batch_size,
+        "graphs": [workshop.graph(name).name for name in workshop.plan.graphs],
+        "threads": torch.get_num_threads(),
+        "device": str(workshop.device),
+        "published_batch_directed": BATCH_SIZE,
+        "published_completions": COMPLETIONS,
+    }
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).date().isoformat(),
+        "settings": plan | {"run": workshop.config_summary()},
+        "machine": dataclasses.asdict(describe_machine(workshop.device)) | {"load_average": _load_average()},
+    }
+
+
+def _load_average() -> float | None:
+    """Return how many processes wanted to run in the last minute, where the system tells: a busy machine is a bad clock."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _join(results: Results, new: Results) -> None:
+    """Put a measurement's data among those that are there, `train` being filled by several."""
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(results.get(name), dict):
+            _join(results[name], value)
+        else:
+            results[name] = value
+
+
+def _write(path: Path, results: Results) -> None:
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))

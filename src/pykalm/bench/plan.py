@@ -1,0 +1,160 @@
+"""What a bench measures and how thoroughly, and the model that all its systems share."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pykalm.config import AdapterSettings, Config, ObjectiveSettings, TextSettings, TrainingSettings
+from pykalm.errors import UsageError
+from pykalm.graph.catalogue import load_graph
+from pykalm.graph.graph import KnowledgeGraph
+from pykalm.model.adapters import add_adapter
+from pykalm.model.encoder import Encoder
+from pykalm.model.load import LanguageModel, resolve_device
+from pykalm.model.run import Run, build_run, load_base
+from pykalm.text.verbalize import Verbalizer
+
+MEASUREMENTS = ("train", "utilisation", "embed", "rank", "scaling")
+BATCHINGS = ("random", "neighbourhood")
+
+# METHOD.md §5, for both sides: the adapters, their dropout, the weights of the losses.
+ADAPTER = AdapterSettings(rank=8, alpha=16, dropout=0.05, targets="mlp")
+
+# As many completions for an example as published: 4 of 24 directed triples are 4 for 12 triples in both directions.
+OBJECTIVE = ObjectiveSettings(completion_share=1 / 3)
+
+SEPARATE_CHUNK_TOKENS = 512
+"""Tokens of a group of separate rows; 97 to 98 % of them are no padding (WN18RR, 256 triples; with 2048 it is 90 to 94 %)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold what is measured, on what, and how often.
+
+    batch_size: triples of a kalm step, 0 for one that suits the device; repeats: rounds that count, after one that does
+    not; entities: how many are embedded, 0 for all; loop_queries: queries of the published ranking loop, which is timed on
+    a sample.
+    """
+
+    model: str = "smollm2-135m"
+    graphs: tuple[str, ...] = ("wn18rr", "codex-s", "fb15k-237")
+    only: tuple[str, ...] = MEASUREMENTS
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    repeats: int = 5
+    batch_size: int = 0
+    entities: int = 2000
+    loop_queries: int = 50
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured; raises UsageError."""
+        if unknown := sorted(set(self.only) - set(MEASUREMENTS)):
+            raise UsageError(f"wanted measurements among {', '.join(MEASUREMENTS)}, found {', '.join(unknown)}.")
+        if not self.graphs:
+            raise UsageError("wanted at least one graph, found none. Name some: --graphs wn18rr,codex-s")
+
+
+QUICK = Plan(graphs=("world",), repeats=2, batch_size=32, entities=128, loop_queries=5, quick=True)
+"""For CI: the bundled graph, small batches, two repeats. Its figures show that it works, not how fast it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """Hold the one adapted model that every system takes, and open graphs with it."""
+
+    plan: Plan
+    language_model: LanguageModel
+    adapted: torch.nn.Module
+
+    @staticmethod
+    def open(plan: Plan) -> "Workshop":
+        """Load the model and give it the published adapters."""
+        language_model = load_base(_config(plan, plan.graphs[0], 1))
+        adapted = add_adapter(
+            language_model.model, kind=ADAPTER.kind, rank=ADAPTER.rank, alpha=ADAPTER.alpha, dropout=ADAPTER.dropout,
+            targets="mlp", seed=plan.seed,
+        )  # fmt: skip
+        return Workshop(plan, language_model, adapted)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where everything is computed."""
+        return resolve_device(self.plan.device)
+
+    @property
+    def width(self) -> int:
+        """Return D of the model's vectors."""
+        return int(self.language_model.model.get_output_embeddings().weight.shape[-1])  # type: ignore[no-untyped-call]
+
+    @property
+    def batch_size(self) -> int:
+        """Return the triples of a kalm step: what fits a laptop's memory in one graph, more on a GPU."""
+        return self.plan.batch_size or (1024 if self.device.type == "cuda" else 256)
+
+    def graph(self, name: str) -> KnowledgeGraph:
+        """Load a graph, once."""
+        if name not in self._graphs:
+            self._graphs[name] = load_graph(name)
+        return self._graphs[name]
+
+    @cached_property
+    def _graphs(self) -> dict[str, KnowledgeGraph]:
+        return {}
+
+    def run(self, graph: str) -> Run:
+        """Return what `kalm train` would train, with the shared model; nothing is written."""
+        config = _config(self.plan, graph, self.batch_size)
+        return build_run(
+            Path("bench"), config, self.graph(graph), self.language_model, temperature=config.objective.temperature,
+            model=self.adapted,
+        )  # fmt: skip
+
+    def config_summary(self) -> dict[str, object]:
+        """Return the settings of the runs that are measured, but for the graph and the batching."""
+        config = _config(self.plan, self.plan.graphs[0], self.batch_size).model_dump(mode="json")
+        return {section: config[section] for section in ("text", "adapter", "objective", "training")}
+
+    def published_words(self, graph: str) -> Verbalizer:
+        """Return the published wording of a graph, cut as published."""
+        settings = TextSettings(template="published")
+        return Verbalizer(self.graph(graph), self.language_model.tokenizer, settings)
+
+
+def _config(plan: Plan, graph: str, batch_size: int) -> Config:
+    training = TrainingSettings.model_validate({"batch_size": batch_size, "device": plan.device})
+    return Config(
+        graph=graph, model=plan.model, seed=plan.seed, adapter=ADAPTER, objective=OBJECTIVE, training=training
+    )
+
+
+@contextmanager
+def passes(encoder: Encoder, *, packed: bool) -> Iterator[None]:
+    """Let an encoder share prefixes, or read every text in a row of its own with next to no padding, for a while.
+
+    Separate rows are of many lengths and are padded to the longest of their group, so their groups are small.
+    """
+    kept = encoder.packed, encoder.chunk_tokens
+    if not packed:
+        encoder.packed, encoder.chunk_tokens = False, min(SEPARATE_CHUNK_TOKENS, encoder.chunk_tokens)
+    try:
+        yield
+    finally:
+        encoder.packed, encoder.chunk_tokens = kept
+
+
+def generator(seed: int, *numbers: int) -> np.random.Generator:
+    """Return randomness that is a function of a seed and some numbers."""
+    return np.random.default_rng([seed, *numbers])
+
+
+def with_changes(plan: Plan, **changes: object) -> Plan:
+    """Return a plan with other values where they are given, as the command line reads them."""
+    return dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""Useful operations per second of a training step, beside the best that a matrix product reaches on the same machine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pykalm.bench.flops import model_cost, useful_flops
+from pykalm.bench.machine import matmul_peak
+from pykalm.bench.plan import BATCHINGS, Workshop
+from pykalm.bench.timing import Spread, interleaved
+from pykalm.bench.training import KalmSystem
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Hold the share of the peak that kalm's useful operations reach, by way of batching; how they are counted: flops.py."""
+
+    graph: str
+    share: dict[str, Spread]
+    useful_flops_per_second: dict[str, Spread]
+    peak_flops_per_second: float
+
+
+def measure_utilisation(workshop: Workshop, graph: str) -> Utilisation:
+    """Measure steps and matrix products in turn; the peak is the best product of all rounds."""
+    run = workshop.run(graph)
+    cost, device = model_cost(run.encoder), workshop.device
+    systems: dict[str, Callable[[int], Any]] = {
+        batching: KalmSystem.build(run, batching, packed=True) for batching in BATCHINGS
+    }
+    peaks: list[float] = []
+
+    def peak(number: int) -> None:
+        peaks.append(matmul_peak(device, width=run.encoder.width, dtype=run.encoder.compute_dtype))
+
+    timed = interleaved({**systems, "peak": peak}, repeats=workshop.plan.repeats, device=device)
+    flops = {
+        batching: [useful_flops(cost, step.value.batch) / step.seconds for step in timed[batching]]
+        for batching in systems
+    }
+    best = max(peaks)
+    share = {batching: Spread.of([speed / best for speed in speeds]) for batching, speeds in flops.items()}
+    return Utilisation(run.graph.name, share, {batching: Spread.of(speeds) for batching, speeds in flops.items()}, best)

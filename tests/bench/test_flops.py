@@ -1,0 +1,91 @@
+"""Claims about the count of useful operations: it is PyTorch's own count where both count the same."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pykalm.bench.flops import distinct_nodes, model_cost, useful_flops
+from pykalm.model.adapters import add_adapter
+from pykalm.model.encoder import Encoder
+from pykalm.text.trie import build_trie
+from tests.laws.common import build_batch, tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.tiny_models import tiny_model
+
+LENGTH = 12
+
+
+def adapted(family: str, targets: str) -> Encoder:
+    """Return an encoder whose attention is written as plain matrix products, which PyTorch counts on every device."""
+    model = add_adapter(tiny_model(family), rank=4, targets=targets)  # type: ignore[arg-type]
+    encoder = Encoder(model, source_fingerprint="", precision="fp32")
+    encoder.causal_lm.set_attn_implementation("eager")
+    return encoder
+
+
+@pytest.mark.parametrize("targets", ["auto", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi"])
+def test_the_count_is_pytorchs_but_for_unseen_tokens(family: str, targets: str) -> None:
+    encoder = adapted(family, targets)
+    cost = model_cost(encoder)
+    text = torch.arange(LENGTH)[None] + 3
+    with FlopCounterMode(display=False) as forward:
+        states = encoder.causal_lm.base_model(input_ids=text, use_cache=False)[0]
+    with FlopCounterMode(display=False) as backward:
+        states.sum().backward()
+    # A plain product of T × T scores counts the tokens that are masked too: T · T instead of T · (T + 1) / 2.
+    square = LENGTH * LENGTH
+    assert forward.get_total_flops() == LENGTH * cost.token_forward + square * cost.seen_forward
+    assert backward.get_total_flops() == LENGTH * cost.token_backward + square * cost.seen_backward
+
+
+def test_the_logits_are_counted_at_positions_with_loss_only() -> None:
+    encoder = adapted("llama", "mlp")
+    cost = model_cost(encoder)
+    states = torch.randn(5, encoder.width, requires_grad=True)
+    with FlopCounterMode(display=False) as counted:
+        encoder.logits(states).sum().backward()
+    assert counted.get_total_flops() == 5 * (cost.logits_forward + cost.logits_backward)
+
+
+def test_below_the_lowest_adapter_nothing_is_counted_backward() -> None:
+    """One layer, adapters on the feed-forward part only: no gradient for attention, none for the inputs of up and gate."""
+    base = tiny_model("llama", num_hidden_layers=1)
+    encoder = Encoder(add_adapter(base, rank=4, targets="mlp"), source_fingerprint="", precision="fp32")
+    cost = model_cost(encoder)
+    assert cost.seen_backward == 0
+    width, inner, rank = 32, 64, 4
+    down = 2 * inner * width
+    # up and gate: A's weight, B's weight and input; down: A and B, weight and input each.
+    adapters = 2 * (2 * width * rank + 2 * 2 * rank * inner) + 2 * (2 * inner * rank + 2 * rank * width)
+    assert cost.token_backward == down + adapters
+
+
+def test_a_path_that_is_repeated_in_another_row_counts_once() -> None:
+    texts = [np.array([5, 6, 7]), np.array([5, 6, 8]), np.array([5, 9]), np.array([4]), np.array([5, 6, 8])]
+    whole, cut = (build_trie(texts, row_tokens=row_tokens) for row_tokens in (64, 3))
+    assert len(distinct_nodes(whole)) == whole.num_nodes == 6
+    assert cut.num_nodes > 6
+    assert len(distinct_nodes(cut)) == 6
+    assert sorted(cut.depths[distinct_nodes(cut)]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_batch_needs_its_distinct_prefixes_once_and_logits_where_loss_is() -> None:
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+    batch = build_batch(encoder, verbalizer)
+    cost = model_cost(encoder)
+    builder_texts = _texts(encoder, verbalizer)
+    prefixes = {tuple(text[: end + 1]) for text in builder_texts for end in range(len(text))}
+    seen = sum(map(len, prefixes))
+    logits = len(set(batch.answer_nodes.tolist()))
+    assert useful_flops(cost, batch) == cost.step(len(prefixes), seen, logits)
+    per_token = cost.token_forward + cost.token_backward
+    per_seen = cost.seen_forward + cost.seen_backward
+    per_logit = cost.logits_forward + cost.logits_backward
+    assert useful_flops(cost, batch) == len(prefixes) * per_token + seen * per_seen + logits * per_logit
+
+
+def _texts(encoder: Encoder, verbalizer: object) -> list[list[int]]:
+    """Return the texts of the batch of all training triples, as the builder lays them out."""
+    trie = build_batch(encoder, verbalizer).trie  # type: ignore[arg-type]
+    return [trie.token_ids[trie.paths[i, :length]].tolist() for i, length in enumerate(trie.lengths)]
