@@ -1,5 +1,5 @@
 # Thin fronts over scripts/, for people who like make. `make test ARGUMENTS="-k trie"` passes arguments on.
-.PHONY: help demo test check breaks docs clean
+.PHONY: help demo test check breaks bench docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -15,6 +15,9 @@ check:          ## style, types, imports
 
 breaks:         ## every law of tests/laws must turn red when its seeded break is put in
 	@sh scripts/breaks $(ARGUMENTS)
+
+bench:          ## speed beside the published recipe and others, in one run; ARGUMENTS=--quick for a short form
+	@sh scripts/bench $(ARGUMENTS)
 
 docs:           ## write docs/configuration.md anew from the settings
 	@sh scripts/docs

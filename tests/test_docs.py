@@ -70,7 +70,7 @@ def test_the_files_of_the_readme_tree_exist() -> None:
     package = [REPOSITORY / "src" / "pykalm" / name for name in re.findall(r"^  (\w+)/", tree, re.MULTILINE)]
     files = [REPOSITORY / "src" / "pykalm" / name for name in re.findall(r"\b(\w+\.py)\b", tree)]
     folders = [REPOSITORY / name for name in re.findall(r"^(\S+/)", tree, re.MULTILINE)]
-    assert len(package) == 7
+    assert len(package) == 8
     assert [path for path in [*package, *files, *folders] if not path.exists()] == []
 
 

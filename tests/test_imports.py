@@ -35,7 +35,7 @@ LAYERS = [
 # Validation comes to the training loop as a function, so measuring knows nothing of learning.
 FORBIDDEN = {("evaluate", "learn")}
 # Only packages of an optional extra may be imported inside a function.
-OPTIONAL = {"bitsandbytes", "tensorboard", "wandb"}
+OPTIONAL = {"bitsandbytes", "pykeen", "tensorboard", "wandb"}
 
 
 def modules() -> dict[str, str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         predict,
         train,
     )
+    from pykalm.bench.bench import run_bench
+    from pykalm.bench.table import bench_table
     from pykalm.config import Config, load_config
     from pykalm.demo import run_demo
     from pykalm.errors import KalmError
@@ -37,6 +39,7 @@ __all__ = [
     "KalmError",
     "UnsavedReport",
     "__version__",
+    "bench_table",
     "catalogue_table",
     "check_data",
     "evaluate_links",
@@ -50,6 +53,7 @@ __all__ = [
     "predict",
     "prediction_table",
     "relation_table",
+    "run_bench",
     "run_demo",
     "train",
 ]
@@ -58,12 +62,14 @@ __all__ = [
 HOMES = {
     "Config": "pykalm.config",
     "KalmError": "pykalm.errors",
+    "bench_table": "pykalm.bench.table",
     "catalogue_table": "pykalm.report.tables",
     "graph_check_table": "pykalm.report.tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
     "prediction_table": "pykalm.report.tables",
     "relation_table": "pykalm.report.tables",
+    "run_bench": "pykalm.bench.bench",
     "run_demo": "pykalm.demo",
 }
 

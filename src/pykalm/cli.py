@@ -224,6 +224,38 @@ def demo(
         pykalm.run_demo(out, steps=steps, watch=watch_training(watch))
 
 
+@app.command()
+def bench(
+    *,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file for the results.")] = Path("bench/results.json"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small and short, on the bundled graph: does it work?")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Some of train,utilisation,embed,rank,scaling; all by default.")
+    ] = None,
+    graphs: Annotated[str | None, typer.Option(help="Names or folders; the first is also embedded and ranked.")] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, hub id, local folder or GGUF file.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; PyTorch's choice by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Triples of a kalm step; suits the device.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds that count, after one that does not.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Start of every random generator.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Embed all entities, not a sample of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast kalm is beside the published recipe and others, in one run on this machine."""
+    lists = {"only": only, "graphs": graphs}
+    given = {name: tuple(filter(None, value.split(","))) if value else None for name, value in lists.items()}
+    with show_progress("measuring") as watch:
+        results = pykalm.run_bench(
+            out=out, quick=quick, watch=watch, model=model, device=device, threads=threads, batch_size=batch_size,
+            repeats=repeats, seed=seed, entities=0 if full else None, **given,
+        )  # fmt: skip
+    say(f"Saved in {out}")
+    print_json(results) if as_json else print_table(pykalm.bench_table(results))
+
+
 def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
     """Turn reports of steps into progress; every evaluation is a line that stays."""
 

@@ -12,7 +12,7 @@ from pykalm.bench.published import last_states, pad, pad_token
 from pykalm.bench.timing import Spread, interleaved, paired_ratio
 from pykalm.model.encoder import pooled
 from pykalm.model.run import Run
-from pykalm.text.trie import TokenIds
+from pykalm.text.texts import Texts
 
 LOOP_BATCH = 64
 MOST_REPEATS = 3
@@ -43,7 +43,7 @@ def measure_embedding(workshop: Workshop, graph: str) -> EmbeddingSpeed:
     chosen = generator(workshop.plan.seed, 3).choice(num_all, size=min(wanted, num_all), replace=False)
     texts = run.verbalizer.candidates(np.sort(chosen))
     run.encoder.eval()
-    first = texts[:LOOP_BATCH]  # enough to warm up
+    first = texts.select(np.arange(min(LOOP_BATCH, len(texts))))  # enough to warm up
 
     def loop(number: int, with_logits: bool) -> torch.Tensor:
         return padded_loop(run, texts if number else first, with_logits=with_logits)
@@ -70,11 +70,12 @@ def measure_embedding(workshop: Workshop, graph: str) -> EmbeddingSpeed:
 
 
 @torch.no_grad()
-def padded_loop(run: Run, texts: list[TokenIds], *, with_logits: bool) -> torch.Tensor:
+def padded_loop(run: Run, texts: Texts, *, with_logits: bool) -> torch.Tensor:
     """Return the vectors (N, D) of texts taken 64 at a time in the order given, padded to the longest of each 64."""
     encoder, token = run.encoder, pad_token(run.verbalizer)
     parts = []
     for start in range(0, len(texts), LOOP_BATCH):
-        padded = pad(texts[start : start + LOOP_BATCH], pad_token=token, device=encoder.device)
+        some = texts.select(np.arange(start, min(start + LOOP_BATCH, len(texts))))
+        padded = pad(some, pad_token=token, device=encoder.device)
         parts.append(pooled(last_states(encoder, padded, with_logits=with_logits)).cpu())
     return torch.cat(parts)

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from pykalm.errors import ModelError
 from pykalm.learn.batches import Batch
 from pykalm.model.encoder import Encoder
-from pykalm.text.trie import IntArray, TokenTrie
+from pykalm.text.texts import IntArray
+from pykalm.text.trie import TokenTrie
 
 
 @dataclass(frozen=True)

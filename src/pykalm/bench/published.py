@@ -8,7 +8,6 @@ it starts. Left out is the mask of known triples, which never fired (§7.1).
 It is given what it never had: texts tokenised once, and the adapters, precision and fused attention of our own encoder.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from pykalm.config import ObjectiveSettings
 from pykalm.model.encoder import Encoder, pooled
-from pykalm.text.trie import IntArray, TokenIds
-from pykalm.text.verbalize import Completion, Verbalizer
+from pykalm.text.texts import IntArray, Texts
+from pykalm.text.verbalize import Verbalizer
 
 BATCH_SIZE = 24
 """Directed triples in a step; both directions of a triple are examples, so a step is 12 triples' worth of training."""
@@ -46,14 +45,11 @@ class PaddedTexts:
         return self.token_ids.numel()
 
 
-def pad(texts: Sequence[TokenIds], *, pad_token: int, device: torch.device) -> PaddedTexts:
+def pad(texts: Texts, *, pad_token: int, device: torch.device) -> PaddedTexts:
     """Pad texts at the right to the longest of them."""
-    lengths = np.array([len(text) for text in texts])
-    token_ids = np.full((len(texts), int(lengths.max())), pad_token, dtype=np.int64)
-    inside = np.arange(token_ids.shape[1]) < lengths[:, None]
-    token_ids[inside] = np.concatenate(texts)
-    parts = (torch.from_numpy(part).to(device) for part in (token_ids, inside.astype(np.int64), lengths))
-    return PaddedTexts(*parts)
+    padded, lengths = torch.from_numpy(texts.padded()).long().to(device), torch.from_numpy(texts.lengths).to(device)
+    mask = padded >= 0
+    return PaddedTexts(padded.masked_fill(~mask, pad_token), mask.long(), lengths)
 
 
 @dataclass(frozen=True)
@@ -89,12 +85,12 @@ class PublishedRecipe:
         texts = [words.queries(directed[:, 0], directed[:, 1]), words.candidates(directed[:, 2])]
         texts += [] if self.skip_unused else [words.candidates(directed[:, 0])]
         passes = [self._pad(some) for some in texts]
-        completions = [words.completion(*map(int, row)) for row in completed]
-        written = self._pad([completion.tokens for completion in completions])
+        completions = words.completions(*completed.T)
+        written = self._pad(completions.texts)
 
         query, tails, *_ = [self._embed(some) for some in passes]
         explicit = self._explicit(query, tails)
-        implicit = self._implicit(written, completions)
+        implicit = self._implicit(written, completions.answer_starts)
         total = explicit + self.objective.implicit_weight * implicit
         total.backward()  # type: ignore[no-untyped-call]
         return PublishedStep(
@@ -105,7 +101,7 @@ class PublishedRecipe:
             num_real_tokens=sum(int(some.lengths.sum()) for some in [*passes, written]),
         )
 
-    def _pad(self, texts: Sequence[TokenIds]) -> PaddedTexts:
+    def _pad(self, texts: Texts) -> PaddedTexts:
         return pad(texts, pad_token=pad_token(self.verbalizer), device=self.encoder.device)
 
     def _embed(self, texts: PaddedTexts) -> Tensor:
@@ -120,11 +116,11 @@ class PublishedRecipe:
         )
         return (F.cross_entropy(scores, pairs) + F.cross_entropy(scores.T, pairs)) / 2
 
-    def _implicit(self, texts: PaddedTexts, completions: Sequence[Completion]) -> Tensor:
+    def _implicit(self, texts: PaddedTexts, answer_starts: IntArray) -> Tensor:
         """Return L_imp as the model itself computes it from labels."""
-        labels = texts.token_ids.masked_fill(texts.mask == 0, IGNORED)
-        for row, completion in enumerate(completions):
-            labels[row, : completion.answer_start] = IGNORED
+        places = torch.arange(texts.token_ids.shape[1], device=texts.mask.device)
+        is_prompt = places < torch.from_numpy(answer_starts).to(places.device)[:, None]
+        labels = texts.token_ids.masked_fill(is_prompt | (texts.mask == 0), IGNORED)
         with autocast(self.encoder):
             loss: Tensor = self.encoder.causal_lm(
                 input_ids=texts.token_ids, attention_mask=texts.mask, labels=labels, use_cache=False

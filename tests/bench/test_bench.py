@@ -1,0 +1,106 @@
+"""The whole bench on a tiny model and a tiny graph: what it writes, what it prints, what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pykalm import cli
+from pykalm.bench import machine, scaling
+from pykalm.bench.bench import plain
+from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
+from pykalm.bench.table import bench_table
+from pykalm.bench.timing import Spread
+from tests.learn.workshop import write_graph
+from tests.tiny_models import save_tiny_model
+
+MEASURED = ("random", "neighbourhood")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run the short form once."""
+    folder = tmp_path_factory.mktemp("bench")
+    graph, model = write_graph(folder / "people"), save_tiny_model(folder / "model")
+    out = folder / "results" / "bench.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "SQUARES", {"cpu": (128,)})
+        patch.setattr(machine, "SECONDS_A_SHAPE", {"cpu": 0.01})
+        patch.setattr(scaling, "RANKED_ENTITIES", (1000,))
+        options = ["--quick", "--graphs", str(graph), "--model", str(model), "--out", str(out), "--device", "cpu"]
+        assert cli.main(["bench", *options, "--batch-size", "4"]) == 0
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def test_training_is_measured_by_graph_and_batching(results: dict[str, Any]) -> None:
+    train = results["train"]["people"]
+    for batching in MEASURED:
+        found = train[batching]
+        for name in ("examples_per_second", "tokens_per_triple", "fill", "host_share", "seconds_per_step"):
+            assert found[name] > 0
+        assert 0 < found["fill"] <= 1
+        assert 0 < found["host_share"] < 1
+        low, high = found["spread"]["examples_per_second"]
+        assert low <= found["examples_per_second"] <= high
+        assert found["separate_unpadded"]["tokens_per_triple"] > found["tokens_per_triple"]
+
+
+def test_a_ratio_lies_between_those_of_the_rounds(results: dict[str, Any]) -> None:
+    for batching in MEASURED:
+        found = results["train"]["people"][batching]
+        for name in ("ratio_to_published", "ratio_to_published_without_unused", "ratio_to_separate_unpadded"):
+            low, high = found["spread"][name]
+            assert 0 < low <= found[name] <= high
+
+
+def test_the_other_figures_are_there(results: dict[str, Any]) -> None:
+    assert 0 < results["train"]["utilisation"] < 1
+    assert results["embed"]["ratio"] > 0
+    assert results["embed"]["num_entities"] == results["embed"]["num_all"]
+    assert results["embed"]["largest_difference"] < 0.1  # bfloat16, another grouping of the texts
+    assert results["rank"]["equal_ranks"] is True
+    assert results["rank"]["ratio_to_published"] > 0
+    assert results["rank"]["peak_memory"] >= 0
+    assert {part["unit"] for part in results["scaling"]} == {
+        "seconds per triple",
+        "bytes per triple",
+        "seconds per score",
+    }
+
+
+def test_pykeen_is_measured_or_said_to_be_missing(results: dict[str, Any]) -> None:
+    rank, found = results["rank"], pykeen_version()
+    assert rank["pykeen"] == (found or MISSING)
+    assert (rank["ratio_to_pykeen"] is None) == (found is None)
+
+
+def test_the_results_say_what_they_belong_to(results: dict[str, Any]) -> None:
+    assert results["format"] == 1
+    assert results["settings"]["graphs"] == ["people"]
+    assert results["settings"]["run"]["adapter"]["rank"] == 8
+    assert results["settings"]["run"]["adapter"]["dropout"] == 0.05
+    assert results["machine"]["threads"] >= 1
+    assert {"torch", "transformers"} <= results["machine"]["packages"].keys()
+
+
+def test_the_table_shows_every_measurement(results: dict[str, Any]) -> None:
+    console = Console(width=160, record=True)
+    console.print(bench_table(results))
+    text = console.export_text()
+    for word in ("kalm, random", "kalm, neighbourhood", "published", "utilisation", "padded loop", "PyKEEN", "slope"):
+        assert word in text
+
+
+def test_a_spread_becomes_its_median_with_the_range_beside_it() -> None:
+    assert plain({"speed": Spread(2.0, 1.0, 3.0), "graph": "people"}) == {
+        "speed": 2.0, "graph": "people", "spread": {"speed": [1.0, 3.0]},
+    }  # fmt: skip
+
+
+def test_an_unknown_measurement_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["bench", "--only", "train,speed", "--out", str(tmp_path / "results.json")]) == 2
+    assert "found speed" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
