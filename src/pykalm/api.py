@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pykalm.config import Config, TextSettings
 from pykalm.errors import KalmError, RunError
@@ -110,6 +111,8 @@ def evaluate_links(
         seed=run.config.seed,
         index=saved,
         chunk_queries=run.config.evaluation.chunk_queries,
+        dtype=_vector_type(run),
+        device=measured.encoder.device,
         about=_about(run, baseline=baseline),
         progress=progress,
     )
@@ -146,7 +149,9 @@ def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:
     """Return the vectors of all entities: those saved with the run where they are fresh, else new ones, then saved."""
     index = _fresh_index(run)
     if index is None:
-        index = build_index(run.encoder, run.verbalizer, run.graph.num_entities, progress=progress)
+        index = build_index(
+            run.encoder, run.verbalizer, run.graph.num_entities, dtype=_vector_type(run), progress=progress
+        )
         _keep_index(index, run.path / "index")
     return index
 
@@ -224,10 +229,15 @@ def _validation(run: Run) -> Callable[[], float] | None:
     return lambda: validation_mrr(sample, run.encoder, texts)
 
 
+def _vector_type(run: Run) -> torch.dtype:
+    return torch.float16 if run.config.evaluation.vectors == "float16" else torch.float32
+
+
 def _fresh_index(run: Run) -> EntityIndex | None:
     """Return the saved entity vectors where there are some and they belong to these weights and texts."""
+    wanted = index_fingerprint(run.encoder, run.verbalizer, dtype=_vector_type(run))
     try:
-        return EntityIndex.load(run.path / "index", expected_fingerprint=index_fingerprint(run.encoder, run.verbalizer))
+        return EntityIndex.load(run.path / "index", expected_fingerprint=wanted)
     except RunError:
         return None
 

@@ -162,7 +162,12 @@ class EvaluationSettings(Settings):
 
     split: Literal["valid", "test"] = Field("test", description="The triples that are asked where no split is named.")
     chunk_queries: Positive = Field(
-        256, description="Queries ranked at once; memory grows with this times the entities."
+        256,
+        description="Different questions ranked at once, each against 1024 entities at a time; raise it on a GPU.",
+    )
+    vectors: Literal["float32", "float16"] = Field(
+        "float32",
+        description="Number format in which the vectors of entities are kept; scores are float32 either way.",
     )
 
 

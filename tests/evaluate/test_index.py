@@ -59,6 +59,28 @@ def test_distinct_texts_keep_the_order_and_tell_lengths_apart() -> None:
     assert places.tolist() == [0, 1, 0, 2]
 
 
+def test_float16_vectors_are_rounded_kept_and_another_index(tmp_path: Path) -> None:
+    full = build_index(FakeEncoder(), FakeTexts(), 7)
+    half = build_index(FakeEncoder(), FakeTexts(), 7, dtype=torch.float16)
+    half.require_fresh(FakeEncoder(), FakeTexts())
+    half.save(tmp_path)
+    with pytest.raises(RunError, match="stale index"):
+        EntityIndex.load(tmp_path, expected_fingerprint=full.fingerprint)
+    loaded = EntityIndex.load(tmp_path, expected_fingerprint=half.fingerprint)
+    assert loaded.vectors.dtype == torch.float16
+    assert torch.equal(loaded.vectors, full.vectors.half())
+    query = FakeEncoder().embed([np.array([1, 0, 0])])
+    assert loaded.scores(query).dtype == torch.float32
+    torch.testing.assert_close(loaded.scores(query), full.scores(query), atol=2e-3, rtol=0)  # 11 bits
+
+
+def test_vectors_that_float16_cannot_tell_apart_share_a_row() -> None:
+    near = {(2, 0): [0.6, 0.8], (2, 1): [0.6, 0.8 + 1e-6]} | {(2, entity): [1.0, 0.0] for entity in range(2, 7)}
+    assert len(build_index(FakeEncoder(near), FakeTexts(), 7).vectors) == 3
+    index = build_index(FakeEncoder(near), FakeTexts(), 7, dtype=torch.float16)
+    assert index.row_of_entity.tolist() == [0, 0, 1, 1, 1, 1, 1]
+
+
 def test_a_loaded_index_is_bitwise_equal(tmp_path: Path) -> None:
     index = saved_index(tmp_path)
     loaded = EntityIndex.load(tmp_path, expected_fingerprint=FINGERPRINT)

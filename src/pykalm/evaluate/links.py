@@ -109,25 +109,29 @@ def evaluate_links(
     seed: int = 0,
     index: EntityIndex | None = None,
     chunk_queries: int = CHUNK_QUERIES,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     about: Mapping[str, object] | None = None,
     progress: Progress | None = None,
 ) -> tuple[LinkPredictionReport, EntityIndex]:
     """Measure link prediction on a split, or on `limit` of its triples drawn by seed, over all entities.
 
-    With an index only the queries are embedded, without one the entities too, in the same pass. Returns the
-    report and the index, to be saved. Raises GraphError for a split that is missing or empty, UsageError for a
-    limit below 1, RunError for a stale index, ModelError where a score is NaN.
+    With an index only the queries are embedded, without one the entities too, in the same pass, and kept in dtype.
+    Scores are computed on `device`. Returns the report and the index, to be saved. Raises GraphError for a split that
+    is missing or empty, UsageError for a limit below 1, RunError for a stale index, ModelError where a score is NaN.
     """
     triples, sampling = _choose_triples(graph, split, limit, seed)
     rows = both_directions(triples, graph.num_relations)
     query_texts = texts.queries(rows[:, 0], rows[:, 1])
     if index is None:
-        index, query = embed_with_entities(encoder, texts, graph.num_entities, query_texts, progress=progress)
+        index, query = embed_with_entities(
+            encoder, texts, graph.num_entities, query_texts, dtype=dtype, progress=progress
+        )
     else:
         index.require_fresh(encoder, texts)
         distinct, row_of_query = distinct_texts(query_texts)
         query = encoder.embed(distinct, progress=progress)[torch.from_numpy(row_of_query)]
-    tail, head = rank_links(graph, index, query, triples, chunk_queries=chunk_queries)
+    tail, head = rank_links(graph, index, query, triples, chunk_queries=chunk_queries, device=device)
     protocol = (
         f"filtered by {', '.join(graph.splits)}; all {graph.num_entities} entities are candidates; "
         f"both directions; realistic ranks; {sampling}"
@@ -150,6 +154,7 @@ def rank_links(
     triples: IntArray,
     *,
     chunk_queries: int = CHUNK_QUERIES,
+    device: torch.device | str = "cpu",
 ) -> tuple[RankTable, RankTable]:
     """Rank the tails, then the heads, of N triples; query (2N, D) in the order of `both_directions`.
 
@@ -166,6 +171,7 @@ def rank_links(
         known=known_answers(graph).lookup(questions[:, 0], questions[:, 1]),
         query_of_target=query_of_target,
         chunk_queries=chunk_queries,
+        device=device,
     )
     is_tail_side = np.arange(len(rows)) < len(triples)
     return ranks.select(is_tail_side), ranks.select(~is_tail_side)

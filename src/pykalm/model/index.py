@@ -27,6 +27,7 @@ from pykalm.text.texts import Texts, TokenIds, sorted_rows
 FORMAT = 1
 VECTORS_FILE = "entities.safetensors"
 DESCRIPTION_FILE = "index.json"
+VECTORS_AT_ONCE = 1 << 16
 
 
 class TextEncoder(Protocol):
@@ -47,7 +48,7 @@ class EntityTexts(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class EntityIndex:
-    """Hold the distinct vectors (U, D) of E entities, float32 unit rows; entity e has row_of_entity[e]."""
+    """Hold the distinct vectors (U, D) of E entities, unit rows in float32 or float16; entity e has row_of_entity[e]."""
 
     vectors: Tensor
     row_of_entity: IntArray
@@ -64,7 +65,8 @@ class EntityIndex:
 
     def require_fresh(self, encoder: TextEncoder, texts: EntityTexts) -> None:
         """Raise RunError unless the index was made by this encoder from these texts."""
-        _require_fingerprint(self.fingerprint, index_fingerprint(encoder, texts), "entity index")
+        wanted = index_fingerprint(encoder, texts, dtype=self.vectors.dtype)
+        _require_fingerprint(self.fingerprint, wanted, "entity index")
 
     def save(self, folder: Path) -> None:
         """Write the index; an interrupted save leaves the previous index or one that `load` refuses."""
@@ -84,7 +86,11 @@ class EntityIndex:
 
     @staticmethod
     def load(folder: Path, *, expected_fingerprint: str) -> "EntityIndex":
-        """Read an index; raises RunError when it is missing, damaged or made by other weights or texts."""
+        """Read an index; raises RunError when it is missing, damaged or made by other weights or texts.
+
+        The vectors stay on disk, mapped into memory: the system reads them as they are used, and lets go of them when
+        it needs the room.
+        """
         description = _read_description(folder / DESCRIPTION_FILE)
         _require_fingerprint(str(description.get("fingerprint")), expected_fingerprint, str(folder))
         path = folder / VECTORS_FILE
@@ -98,10 +104,15 @@ class EntityIndex:
 
 
 def build_index(
-    encoder: TextEncoder, texts: EntityTexts, num_entities: int, *, progress: Progress | None = None
+    encoder: TextEncoder,
+    texts: EntityTexts,
+    num_entities: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
 ) -> EntityIndex:
-    """Embed every entity of a graph."""
-    return embed_with_entities(encoder, texts, num_entities, (), progress=progress)[0]
+    """Embed every entity of a graph, and keep the vectors in a number format."""
+    return embed_with_entities(encoder, texts, num_entities, (), dtype=dtype, progress=progress)[0]
 
 
 def embed_with_entities(
@@ -110,23 +121,25 @@ def embed_with_entities(
     num_entities: int,
     queries: Texts | Sequence[TokenIds],
     *,
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> tuple[EntityIndex, Tensor]:
     """Embed every entity and some queries in one call, so that what their texts share is computed once.
 
-    Returns the index and the query vectors (B, D); equal queries are embedded once. METHOD.md §6.
+    Returns the index, its vectors rounded to a number format, and the query vectors (B, D) in float32; equal queries
+    are embedded once. METHOD.md §6.
     """
     candidates, row_of_candidate = distinct_texts(texts.candidates(np.arange(num_entities, dtype=np.int64)))
     distinct_queries, row_of_query = distinct_texts(queries)
     embedded = encoder.embed(Texts.chain([candidates, distinct_queries]), progress=progress)
-    vectors, row_of_vector = distinct_rows(embedded[: len(candidates)])
-    index = EntityIndex(vectors, row_of_vector[row_of_candidate], index_fingerprint(encoder, texts))
+    vectors, row_of_vector = distinct_rows(embedded[: len(candidates)].to(dtype))
+    index = EntityIndex(vectors, row_of_vector[row_of_candidate], index_fingerprint(encoder, texts, dtype=dtype))
     return index, embedded[len(candidates) :][torch.from_numpy(row_of_query)]
 
 
-def index_fingerprint(encoder: TextEncoder, texts: EntityTexts) -> str:
-    """Name what an index depends on: weights and pooling, texts with their templates and cut-offs."""
-    return hashlib.sha256(f"{encoder.fingerprint()}\n{texts.fingerprint()}".encode()).hexdigest()
+def index_fingerprint(encoder: TextEncoder, texts: EntityTexts, *, dtype: torch.dtype = torch.float32) -> str:
+    """Name what an index depends on: weights and pooling, texts with their templates and cut-offs, number format."""
+    return hashlib.sha256(f"{encoder.fingerprint()}\n{texts.fingerprint()}\n{dtype}".encode()).hexdigest()
 
 
 def entity_scores(query: Tensor, vectors: Tensor, row_of_entity: Tensor) -> Tensor:
@@ -134,7 +147,10 @@ def entity_scores(query: Tensor, vectors: Tensor, row_of_entity: Tensor) -> Tens
 
     Raises ModelError where a score is not a finite number: such scores cannot be ordered.
     """
-    scores = query.float() @ vectors.float().T
+    # In parts, so that narrower vectors are not all copied into float32 at once.
+    starts = range(0, max(1, len(vectors)), VECTORS_AT_ONCE)
+    parts = (vectors[start : start + VECTORS_AT_ONCE].float() for start in starts)
+    scores = torch.cat([query.float() @ part.T for part in parts], dim=1)
     for extreme in scores.aminmax() if scores.numel() else ():  # aminmax keeps a NaN, and needs no memory
         require_finite(float(extreme))
     return scores.index_select(1, row_of_entity)
@@ -164,7 +180,7 @@ def distinct_texts(texts: Texts | Sequence[TokenIds]) -> tuple[Texts, IntArray]:
 
 def distinct_rows(vectors: Tensor) -> tuple[Tensor, IntArray]:
     """Keep the first of bitwise equal rows of vectors (N, D); returns (U, D) and each row's place there."""
-    values = np.ascontiguousarray((vectors.float() + 0.0).numpy())  # adding zero turns -0.0 into 0.0
+    values = np.ascontiguousarray((vectors + 0.0).numpy())  # adding zero turns -0.0 into 0.0
     keys = values.view(np.dtype((np.void, values.dtype.itemsize * values.shape[1]))).ravel()
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)  # keeps the order of the rows
