@@ -21,7 +21,10 @@ from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
+from pykalm.learn.footprint import fit_budget, measure_footprint
+from pykalm.learn.state import STATE_FILE
 from pykalm.learn.train import StepReport, Trainer, require_trackers
+from pykalm.memory import format_size
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
@@ -64,7 +67,10 @@ def train(
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
     require_trackers(config.training.trackers)
     with only_writer(out):
+        chosen = resume and _has_chosen_passes(out, config)
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
+        if config.training.memory is not None and not chosen:
+            run = _with_passes_for(config.training.memory, run)
         if config.training.compile:
             compile_layers(run.encoder.causal_lm)
         _trainer(run, watch).run()
@@ -183,6 +189,29 @@ def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     if config != read_run_config(path):
         replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
+
+
+def _has_chosen_passes(path: Path, config: Config) -> bool:
+    """Return whether a run has passes to keep: others round otherwise, so they are measured once for one budget."""
+    same = (path / "config.yaml").is_file() and read_run_config(path).training.memory == config.training.memory
+    return same and (path / STATE_FILE).is_file()
+
+
+def _with_passes_for(budget: int, run: Run) -> Run:
+    """Choose training.chunk_tokens and training.memory_tokens for a budget of bytes, and keep them with the run."""
+    training, builder = run.config.training, batch_builder(run)
+    footprint = measure_footprint(run.encoder, builder, run.graph.triples("train"), batch_size=training.batch_size)
+    fit = fit_budget(footprint, budget, device=run.encoder.device)
+    log.warning(
+        "kalm: training.memory %s: %s are taken before the first text, then %s by token; chunks of %s tokens, gradient "
+        "caching for batches of more than %s.", format_size(budget), format_size(footprint.always),
+        format_size(footprint.per_token), f"{fit.chunk_tokens:,}", f"{fit.memory_tokens:,}",
+    )  # fmt: skip
+    run.encoder.chunk_tokens = fit.chunk_tokens
+    chosen = training.model_copy(update={"chunk_tokens": fit.chunk_tokens, "memory_tokens": fit.memory_tokens})
+    config = run.config.model_copy(update={"training": chosen})
+    replace_file(run.path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    return dataclasses.replace(run, config=config)
 
 
 def batch_builder(run: Run) -> BatchBuilder:

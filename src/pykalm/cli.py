@@ -127,6 +127,9 @@ def train(
     graph: Annotated[str | None, typer.Option(help="Name or folder of a graph.")] = None,
     model: Annotated[str | None, typer.Option(help="Known name, hub id, local folder or GGUF file.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file with settings.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory that training may take, such as 8GB (training.memory).")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be repeated.")
     ] = None,
@@ -137,8 +140,9 @@ def train(
     kept = out / "config.yaml"
     if resume and not kept.is_file():
         raise RunError(f"{out}: wanted a run to go on with, found no config.yaml. Start it without --resume.")
+    given = (("graph", graph), ("model", model), ("training.memory", memory))
     # JSON is YAML too, and quotes every name that YAML would read otherwise.
-    named = [f"{key}={json.dumps(value)}" for key, value in (("graph", graph), ("model", model)) if value]
+    named = [f"{key}={json.dumps(value)}" for key, value in given if value]
     settings = load_config(kept if resume and config is None else config, [*(overrides or []), *named])
     try:
         with show_progress("training") as watch:

@@ -20,6 +20,7 @@ from pykalm.settings import (
     EvaluationSettings,
     ObjectiveSettings,
     Settings,
+    Size,
     TextSettings,
     TrainingSettings,
 )
@@ -152,7 +153,7 @@ def explain(error: ValidationError, settings: Mapping[str, Setting]) -> list[str
             lines[key] = f"{place}{key} is not a setting.{suggest(key)}"
         elif problem["type"] == "missing":
             lines[key] = f"{key}: wanted {describe(FIELDS[key])}, found nothing. {FIELDS[key].description}"
-        elif problem["type"] == "value_error":
+        elif problem["type"] == "value_error" and key not in FIELDS:
             lines[key] = f"{problem['msg'].removeprefix('Value error, ')}."
         elif key in FIELDS:
             lines[key] = f"{place}{key}: wanted {describe(FIELDS[key])}, found {settings[key].value!r}."
@@ -178,6 +179,8 @@ def describe(field: FieldInfo) -> str:
 def describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Say which values a type takes; `metadata` holds its bounds."""
     arguments = get_args(annotation)
+    if annotation == Size:
+        return "a size such as 8GB, 900MB or a number of bytes"
     if get_origin(annotation) is Annotated:
         return describe_type(arguments[0], [bound for extra in arguments[1:] for bound in extra.metadata])
     if get_origin(annotation) is Literal:

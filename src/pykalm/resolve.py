@@ -13,9 +13,11 @@ from pykalm.graph.catalogue import source_folder
 from pykalm.model.run import read_run_config
 
 FREE = (
+    "training.memory",
     "training.memory_tokens",
     "training.chunk_tokens",
     "training.save_every",
+    "training.attention",
     "training.device",
     "training.trackers",
 )
@@ -37,6 +39,9 @@ def resolve_settings(
     wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
     if not is_loaded and wanted.graph != saved.graph:
         wanted = _placed(wanted)
+    if wanted.training.memory is not None and wanted.training.memory == saved.training.memory:
+        kept = {key: getattr(saved.training, key) for key in ("memory_tokens", "chunk_tokens")}
+        wanted = wanted.model_copy(update={"training": wanted.training.model_copy(update=kept)})
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and key not in FREE]
     if changed:

@@ -3,10 +3,13 @@
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from pykalm.memory import parse_size
+
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 
 
 class Settings(BaseModel):
@@ -112,6 +115,12 @@ class TrainingSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where the model runs; `auto` takes a GPU where there is one."
     )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="How attention in a token trie is computed, same result: `auto` takes the fastest way that is exact"
+        " (FlexAttention on CUDA, matrix products on a CPU), `flex` is FlexAttention (CUDA only, else this is said), `sdpa`"
+        " what the model itself has.",
+    )
     row_tokens: Positive | None = Field(
         None,
         description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 128 on a CPU, 1024"
@@ -126,6 +135,12 @@ class TrainingSettings(Settings):
         16384,
         description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching,"
         " which computes every text twice. Lower it when memory runs out.",
+    )
+    memory: Size | None = Field(
+        None,
+        description="Memory that training may take, such as 8GB or 900MB (on a GPU, of the GPU): what a token takes is"
+        " measured at the start, and chunk_tokens and memory_tokens are chosen from it, whatever they were set to. The"
+        " choice is kept with the run. null takes the two as they are set.",
     )
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on valid; 0 is once per epoch.")
     validation_triples: Positive | None = Field(
@@ -149,7 +164,7 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def check_a_row_fits_a_chunk(self) -> Self:
         """Refuse rows that are longer than a forward pass."""
-        if self.row_tokens is not None and self.row_tokens > self.chunk_tokens:
+        if self.memory is None and self.row_tokens is not None and self.row_tokens > self.chunk_tokens:
             raise ValueError(
                 f"wanted training.row_tokens at most training.chunk_tokens ({self.chunk_tokens});"
                 f" found {self.row_tokens}"

@@ -27,8 +27,8 @@ from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
 
 MEMORY_REMEDY = (
-    "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens; the last save is "
-    "whole: go on with --resume --set training.memory_tokens=..."
+    "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens, or give "
+    "--memory, or less of it; the last save is whole: go on with --resume --set training.memory_tokens=..."
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
-from pykalm.model.attention import trie_attention
+from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.text.texts import Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
@@ -41,12 +41,14 @@ class Encoder(nn.Module):
         row_tokens: int = 256,
         chunk_tokens: int = 2048,
         packed: bool = True,
+        attention: Literal["auto", "sdpa", "flex"] = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.source_fingerprint = source_fingerprint
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
+        self.wanted_attention = attention
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
@@ -80,7 +82,11 @@ class Encoder(nn.Module):
     def faster_attentions(self) -> list[str]:
         """Name what to try before the model's own attention on this device, for models that let it be chosen."""
         can_choose = self.attention == "sdpa" and type(self.causal_lm)._can_set_attn_implementation()
-        return [MATMUL_ATTENTION] if can_choose and self.device.type == "cpu" else []
+        if not can_choose or self.wanted_attention == "sdpa":
+            return []
+        if self.device.type == "cuda":
+            return [FLEX] if getattr(self.causal_lm, "_supports_flex_attn", False) else []
+        return [MATMUL_ATTENTION] if self.device.type == "cpu" and self.wanted_attention == "auto" else []
 
     def temperature(self) -> float:
         """Return τ; inf or 0 where a training has thrown log(1/τ) out of range."""
@@ -105,13 +111,16 @@ class Encoder(nn.Module):
         token_ids, depths, ends = (
             torch.from_numpy(part).to(self.device) for part in (group.token_ids, group.depths, group.ends)
         )
+        width = token_ids.shape[1]
+        if shared and self.attention == FLEX:
+            token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends)
         arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
             arguments |= {"position_ids": depths, "attention_mask": mask}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
-        return states.flatten(0, 1)
+        return states[:, :width].flatten(0, 1)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits (T, V) of states (T, D), with the scaling and soft-capping that some families apply."""

@@ -7,9 +7,11 @@ import torch
 
 from pykalm.errors import ModelError
 from pykalm.memory import is_out_of_memory
+from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
 from pykalm.model.pretrained import vocabulary_size
 from pykalm.text.texts import Texts, TokenIds
+from pykalm.text.trie import build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,12 @@ log = logging.getLogger(__name__)
 NOISE_FACTOR = 4.0
 FLOOR = {torch.float32: 1e-3, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# What models raise that do not take a mask of ours. A compiler of GPU kernels, as FlexAttention needs it, raises anything.
+REFUSALS: dict[bool, tuple[type[Exception], ...]] = {
+    False: (TypeError, ValueError, RuntimeError, AttributeError, KeyError),
+    True: (Exception,),
+}
 CHECKED_TRIPLES = 3
 SEARCHED_TRIPLES = 256
 LONGEST_TEXTS = 2
@@ -80,12 +88,21 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     _require_known_tokens(encoder, texts)
     name, own = type(encoder.causal_lm).__name__, encoder.attention
     alone, noise = _read_alone(encoder, texts)
+    if encoder.wanted_attention == "flex" and FLEX not in encoder.faster_attentions():
+        log.warning(
+            "kalm: training.attention=flex needs CUDA and a model made for it, found %s on %s; taking its own: same result, "
+            "slower.", name, encoder.device.type,
+        )  # fmt: skip
     for attention in (*encoder.faster_attentions(), own):
         encoder.use_attention(attention)
         difference = _difference_from(encoder, texts, alone)
         encoder.packed = difference <= largest_allowed(encoder, noise)
+        if encoder.packed and attention == FLEX:
+            encoder.packed = _learns_like(encoder, own, texts)
         if encoder.packed:
             return
+        if attention == FLEX:
+            log.warning("kalm: %s does not read a token trie exactly by FlexAttention; taking %s: slower.", name, own)
     log.warning(
         "%s does not read a token trie as it reads separate texts (vectors differ by %.2g, rounding by %.2g); taking "
         "separate passes: same result, slower.", name, difference, noise,
@@ -96,7 +113,7 @@ def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tenso
     """Return the largest distance of the texts' vectors in one trie from those read alone; inf where a trie is refused."""
     try:
         return _largest_distance(_read_packed(encoder, texts), alone)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except REFUSALS[encoder.attention == FLEX] as error:
         if is_out_of_memory(error):
             raise  # says nothing about the mask
         log.info(
@@ -106,6 +123,28 @@ def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tenso
             error,
         )
         return float("inf")
+
+
+def _learns_like(encoder: Encoder, own: str, texts: list[TokenIds]) -> bool:
+    """Return whether the attention in use gives the learned weights the gradient that another gives them."""
+    trie = build_trie(texts, row_tokens=encoder.row_tokens)
+    group, used = row_group(trie, trie.chunks(1)[0]), encoder.attention
+    learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
+    gradients = []
+    try:
+        for attention in (own, used):
+            encoder.use_attention(attention)
+            states = encoder(group, shared=True)
+            weights = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states)
+            found = torch.autograd.grad((states.float() * weights).sum(), learned, allow_unused=True)
+            gradients.append(torch.cat([part.float().flatten() for part in found if part is not None]))
+    except REFUSALS[True] as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("%s has no gradient here (%s)", used, error)
+        return False
+    wanted, found_instead = gradients
+    return float((found_instead - wanted).norm()) <= GRADIENT_TOLERANCE[encoder.compute_dtype] * float(wanted.norm())
 
 
 @torch.no_grad()

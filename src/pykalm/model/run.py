@@ -136,6 +136,7 @@ def build_encoder(
         precision=training.precision,
         row_tokens=row_tokens(config, next(model.parameters()).device),
         chunk_tokens=training.chunk_tokens,
+        attention=training.attention,
     )
 
 
