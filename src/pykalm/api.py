@@ -21,7 +21,7 @@ from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
-from pykalm.learn.footprint import fit_budget, measure_footprint
+from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
 from pykalm.learn.state import STATE_FILE
 from pykalm.learn.train import StepReport, Trainer, require_trackers
 from pykalm.memory import format_size
@@ -30,6 +30,7 @@ from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
+from pykalm.processes import gather, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
@@ -201,7 +202,8 @@ def _with_passes_for(budget: int, run: Run) -> Run:
     """Choose training.chunk_tokens and training.memory_tokens for a budget of bytes, and keep them with the run."""
     training, builder = run.config.training, batch_builder(run)
     footprint = measure_footprint(run.encoder, builder, run.graph.triples("train"), batch_size=training.batch_size)
-    fit = fit_budget(footprint, budget, device=run.encoder.device)
+    fits = gather(fit_budget(footprint, budget, device=run.encoder.device))  # all processes take the same
+    fit = Fit(*(min(getattr(one, name) for one in fits) for name in ("memory_tokens", "chunk_tokens")))
     log.warning(
         "kalm: training.memory %s: %s are taken before the first text, then %s by token; chunks of %s tokens, gradient "
         "caching for batches of more than %s.", format_size(budget), format_size(footprint.always),
@@ -210,7 +212,9 @@ def _with_passes_for(budget: int, run: Run) -> Run:
     run.encoder.chunk_tokens = fit.chunk_tokens
     chosen = training.model_copy(update={"chunk_tokens": fit.chunk_tokens, "memory_tokens": fit.memory_tokens})
     config = run.config.model_copy(update={"training": chosen})
-    replace_file(run.path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    on_main(
+        lambda: replace_file(run.path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    )
     return dataclasses.replace(run, config=config)
 
 
