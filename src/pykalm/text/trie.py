@@ -1,11 +1,17 @@
 """The token trie: all texts of a batch, every distinct prefix once, laid out so that one integer a token is the mask."""
 
+import math
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pykalm.text.texts import IntArray, SmallIntArray, Texts, TokenIds, sorted_rows, starts_of
+from pykalm.text.texts import IntArray, SmallIntArray, Texts, TokenIds, ranges, sorted_rows, starts_of
+
+EVEN_ROWS = 1.02
+"""Length of a row, as a multiple of the mean, into which pieces can be packed as a rule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,8 @@ def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: boo
     """Build the trie of N texts (each at least one token), in rows of at most row_tokens, or of one longer text.
 
     Sorted, a text shares its longest common prefix with its predecessor; what it adds are its nodes, so the sorted order
-    is the depth-first order. With share=False every distinct text is a row of its own. Raises ValueError on an empty text.
+    is the depth-first order, of the whole and of the pieces into which it is cut to fill rows. With share=False every
+    distinct text is a row of its own. Raises ValueError on an empty text.
     """
     texts = Texts.of(texts)
     lengths = texts.lengths
@@ -95,8 +102,15 @@ def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: boo
     tokens = texts.padded()
     order = sorted_rows(tokens)
     tokens, in_order = tokens[order], lengths[order]
-    shared, starts = _cut_rows(_common_prefixes(tokens, in_order), in_order, row_tokens if share else 0)
-    return _lay_out(tokens, order, lengths, shared, starts, share)
+    shared = _common_prefixes(tokens, in_order)
+    row_tokens = row_tokens if share else 0
+    starts = _cut(shared, in_order, row_tokens)
+    shared[starts] = 0
+    sizes = np.add.reduceat(in_order - shared, starts)
+    pieces, row_starts = _pack_evenly(sizes, row_tokens)
+    packed = ranges(starts[pieces], np.diff(np.append(starts, len(order)))[pieces])
+    row_starts = starts_of(sizes[pieces])[row_starts]
+    return _lay_out(tokens[packed], order[packed], lengths, shared[packed], row_starts=row_starts, is_shared=share)
 
 
 def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
@@ -121,29 +135,72 @@ def _common_prefixes(tokens: SmallIntArray, lengths: IntArray) -> IntArray:
     return np.concatenate([[0], np.minimum(first, lengths[1:])])
 
 
-def _cut_rows(shared: IntArray, lengths: IntArray, row_tokens: int) -> tuple[IntArray, IntArray]:
-    """Cut the sorted texts into rows. Returns shared, with 0 where a row starts, and the first text of every row.
+def _cut(shared: IntArray, lengths: IntArray, row_tokens: int) -> IntArray:
+    """Return the first text of every piece, where the sorted texts are cut into pieces that each fit into a row.
 
-    A row that is full ends before the next text with new nodes; that text then repeats its path from the root.
+    A cut makes its text repeat its path from the root. Of all ways to cut, one that repeats the fewest tokens: a shortest
+    path, in which the best last cut before every text is a minimum over a window, kept as an ascending queue.
     """
-    total = np.concatenate([[0], np.cumsum(lengths - shared)])
-    starts, first, count = [0], 0, len(lengths)
-    while True:
-        room = max(row_tokens, int(lengths[first]))
-        beyond = int(np.searchsorted(total, total[first] + room - shared[first], side="right")) - 1
-        if beyond >= count:
-            break
-        starts.append(beyond)
-        first = beyond
-    shared = shared.copy()
-    shared[starts] = 0
-    return shared, np.array(starts, dtype=np.int64)
+    new, repeated, longest = (lengths - shared).tolist(), shared.tolist(), np.maximum(lengths, row_tokens).tolist()
+    last_cut = [0] * len(new)
+    best: deque[tuple[int, int, int]] = deque()  # tokens repeated up to here, the cut, nodes up to which it may reach
+    cost = total = 0
+    for text, nodes in enumerate(new):
+        cost += repeated[text]
+        while best and best[-1][0] >= cost:
+            best.pop()
+        best.append((cost, text, total - repeated[text] + longest[text]))
+        total += nodes
+        while best[0][2] < total:
+            best.popleft()
+        cost, last_cut[text], _ = best[0]
+    starts, text = [], len(new) - 1
+    while text >= 0:
+        starts.append(last_cut[text])
+        text = last_cut[text] - 1
+    return np.array(starts[::-1], dtype=np.int64)
+
+
+def _pack_evenly(sizes: IntArray, row_tokens: int) -> tuple[IntArray, IntArray]:
+    """Pack pieces into rows; where they fit into as many shorter ones, into these, so that the last is not left short."""
+    full = _pack(sizes, row_tokens)
+    shorter = math.ceil(EVEN_ROWS * sizes.sum() / (len(full[1]) - 1))
+    even = _pack(sizes, shorter) if shorter < row_tokens else full
+    return even if len(even[1]) == len(full[1]) else full
+
+
+def _pack(sizes: IntArray, row_tokens: int) -> tuple[IntArray, IntArray]:
+    """Return the order in which pieces fill the rows, and the place there of every row's first and of the end.
+
+    A row takes the longest piece that is left, then ever again the longest that still fits.
+    """
+    waiting: dict[int, list[int]] = {}
+    for piece, size in reversed(list(enumerate(sizes.tolist()))):
+        waiting.setdefault(size, []).append(piece)
+    left = sorted(waiting)
+    order, row_starts = [], [0]
+    while left:
+        room = max(row_tokens, left[-1])
+        while place := bisect_right(left, room):
+            size = left[place - 1]
+            order.append(waiting[size].pop())
+            if not waiting[size]:
+                del left[place - 1]
+            room -= size
+        row_starts.append(len(order))
+    return np.array(order, dtype=np.int64), np.array(row_starts, dtype=np.int64)
 
 
 def _lay_out(
-    tokens: SmallIntArray, order: IntArray, lengths: IntArray, shared: IntArray, starts: IntArray, share: bool
+    tokens: SmallIntArray,
+    order: IntArray,
+    lengths: IntArray,
+    shared: IntArray,
+    *,
+    row_starts: IntArray,
+    is_shared: bool,
 ) -> TokenTrie:
-    """Number the nodes of the sorted texts and read off depths, ends and paths, in matrices (texts, longest)."""
+    """Number the nodes of the texts in their order and read off depths, ends and paths, in matrices (texts, longest)."""
     depth = np.arange(tokens.shape[1], dtype=np.int32)
     is_new = (depth >= shared[:, None]) & (tokens >= 0)
     text_starts = starts_of(lengths[order] - shared)
@@ -164,8 +221,8 @@ def _lay_out(
         token_ids=tokens[is_new],
         depths=np.broadcast_to(depth, tokens.shape)[is_new],
         ends=ends[is_new],
-        row_starts=np.append(text_starts[starts], num_nodes),
+        row_starts=row_starts,
         paths=paths,
         lengths=lengths,
-        shared=share,
+        shared=is_shared,
     )
