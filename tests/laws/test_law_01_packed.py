@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from pykalm.graph.graph import IntArray
+from pykalm.learn.batches import TripleOrder
 from pykalm.model import attention, matmul_attention, packing
 from pykalm.model.encoder import Encoder
 from pykalm.model.packing import choose_passes, packed_difference
@@ -33,12 +35,14 @@ def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
     return F.normalize(states[0, -1], dim=-1)
 
 
-def loss_by_loops(encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]]) -> Tensor:
-    """Write METHOD.md §2–4 down in loops over the training triples, both directions, with λ = 1."""
+def loss_by_loops(
+    encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]], triples: IntArray | None = None
+) -> Tensor:
+    """Write METHOD.md §2–4 down in loops over the training triples, or those of a batch, both directions, with λ = 1."""
     graph = verbalizer.graph
-    rows = [tuple(map(int, row)) for row in graph.triples("train")]
-    rows += [(tail, relation + graph.num_relations, head) for head, relation, tail in rows]
-    known, τ, γ = set(rows), torch.exp(-encoder.log_inverse_temperature), 0.02
+    train = graph.triples("train")
+    rows, every = (both_ways(some, graph.num_relations) for some in (train if triples is None else triples, train))
+    known, τ, γ = set(every), torch.exp(-encoder.log_inverse_temperature), 0.02
     query = {(h, r): read_alone(encoder, verbalizer.query(h, r)) for h, r, _ in rows}
     entities = sorted({h for h, _, _ in rows} | {t for _, _, t in rows})
     candidate = {e: read_alone(encoder, verbalizer.candidate(e)) for e in entities}
@@ -57,13 +61,20 @@ def loss_by_loops(encoder: Encoder, verbalizer: Verbalizer, completed: list[tupl
     return torch.stack(explicit).mean() + torch.stack(surprises).mean()
 
 
-def completed_triples(encoder: Encoder, verbalizer: Verbalizer) -> list[tuple[int, int, int]]:
+def both_ways(triples: IntArray, num_relations: int) -> list[tuple[int, int, int]]:
+    rows = [(int(head), int(relation), int(tail)) for head, relation, tail in triples]
+    return rows + [(tail, relation + num_relations, head) for head, relation, tail in rows]
+
+
+def completed_triples(
+    encoder: Encoder, verbalizer: Verbalizer, triples: IntArray | None = None
+) -> list[tuple[int, int, int]]:
     """Return the triples whose completions `build_batch` draws, found by drawing them again."""
     drawn: list[tuple[int, int, int]] = []
     original = verbalizer.completions
     with mock.patch.object(verbalizer, "completions") as spied:
         spied.side_effect = lambda *columns: drawn.extend(zip(*columns, strict=True)) or original(*columns)
-        build_batch(encoder, verbalizer)
+        build_batch(encoder, verbalizer, triples)
     return [(int(head), int(relation), int(tail)) for head, relation, tail in drawn]
 
 
@@ -106,6 +117,31 @@ def test_most_families_take_the_faster_attention() -> None:
         choose_passes(encoder, verbalizer)
         fast |= {family} if encoder.attention == matmul_attention.NAME else set()
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"} <= fast
+
+
+# ada knows all others and four know her: a hub of nine triples of fourteen, with five tails of one query.
+HUB = [*((0, 0, other) for other in range(1, 6)), *((other, 1, 0) for other in range(1, 5)),
+       (1, 0, 2), (1, 0, 3), (4, 1, 2), (5, 1, 2), (2, 0, 5)]  # fmt: skip
+
+
+def test_packed_neighbourhood_batches_with_a_hub_equal_separate_passes() -> None:
+    """Batches of 7 in rows of 32, so that the hub's texts are cut, with several positives of a query and of a tail."""
+    graph = tiny_graph((*HUB, (0, 1, 5), (5, 0, 0)))
+    order = TripleOrder(graph.triples("train"), 7, seed=0, batching="neighbourhood")
+    several = 0
+    for family in ("llama", "gpt2", "mistral-sliding"):
+        for triples in (order.at(0), order.at(1)):
+            encoder, verbalizer = tiny_encoder(family, row_tokens=32, chunk_tokens=64), tiny_verbalizer(graph)
+            batch = build_batch(encoder, verbalizer, triples)
+            several += int(np.bincount(batch.positives[:, 0]).max()) > 1 < int(np.bincount(batch.positives[:, 1]).max())
+            loss, packed = gradients(encoder, batch)
+            encoder.zero_grad()
+            completed = completed_triples(encoder, verbalizer, triples)
+            expected = loss_by_loops(encoder, verbalizer, completed, triples)
+            expected.backward()
+            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, loss.total, float(expected))
+            assert largest_difference(packed, copied_gradients(encoder)) < 2e-4, family
+    assert several
 
 
 def test_the_loss_at_a_low_temperature_is_that_of_the_formula() -> None:

@@ -281,6 +281,46 @@ def test_chunks_hold_every_row_once_and_no_more_tokens_than_asked() -> None:
                 assert len(rows) == 1 or len(rows) * trie.row_lengths[rows].max() <= max_tokens
 
 
+def fewest_nodes(texts: list[tuple[int, ...]], row_tokens: int) -> int:
+    """Return the fewest nodes of distinct sorted texts in rows of at most row_tokens, by trying every first row."""
+    if not texts:
+        return 0
+    counts = []
+    for end in range(1, len(texts) + 1):
+        nodes = len({text[: i + 1] for text in texts[:end] for i in range(len(text))})
+        if nodes <= max(row_tokens, len(texts[0])):
+            counts.append(nodes + fewest_nodes(texts[end:], row_tokens))
+    return min(counts)
+
+
+def test_no_way_of_cutting_a_trie_repeats_fewer_tokens() -> None:
+    for seed in range(10):
+        texts = some_texts(seed)[:12]
+        distinct = sorted({tuple(text.tolist()) for text in texts})
+        for row_tokens in (3, 8, 12, 30):
+            assert build_trie(texts, row_tokens=row_tokens).num_nodes == fewest_nodes(distinct, row_tokens)
+
+
+def test_rows_are_filled_with_pieces_and_short_batches_evenly() -> None:
+    """Subtrees of 1 to 12 nodes: rows of 64 are full but for a few places, and three rows' worth is three like rows."""
+    generator = np.random.default_rng(0)
+    texts = [
+        np.array([i, *generator.integers(0, 2, size=generator.integers(0, 8))]) for i in range(300) for _ in range(2)
+    ]
+    trie = build_trie(texts, row_tokens=64)
+    assert len(trie.row_lengths) <= -(-trie.num_nodes // 64) + 1
+    few = build_trie(texts[:60], row_tokens=100)
+    assert len(few.row_lengths) == 3
+    assert few.fill(100) > 0.97
+
+
+def test_fill_counts_the_padding_of_every_chunk() -> None:
+    """Rows of 9, 3 and 1 tokens: together 27 places, or 9 and 6, or each alone."""
+    trie = build_trie([np.arange(9), np.array([20, 20, 20]), np.array([21])], row_tokens=3)
+    assert sorted(trie.row_lengths.tolist()) == [1, 3, 9]
+    assert [trie.fill(tokens) for tokens in (27, 9, 1)] == [13 / 27, 13 / 15, 1.0]
+
+
 def test_a_group_finds_its_nodes_and_only_those() -> None:
     generator = np.random.default_rng(1)
     for trie in tries():

@@ -34,7 +34,10 @@ MEMORY_REMEDY = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """Tell how training goes: losses of the step, speed, time left; valid_mrr where the step ended in an evaluation."""
+    """Tell how training goes: losses of the step, speed, time left; valid_mrr where the step ended in an evaluation.
+
+    fill: the share of the computed tokens that are not padding.
+    """
 
     step: int
     num_steps: int
@@ -47,6 +50,7 @@ class StepReport:
     gradient_norm: float
     examples_per_second: float
     tokens_per_second: float
+    fill: float
     seconds_left: float
     valid_mrr: float | None = None
 
@@ -159,6 +163,7 @@ class Trainer:
             gradient_norm=norm,
             examples_per_second=batch.num_triples / speed.last,
             tokens_per_second=batch.trie.num_nodes / speed.last,
+            fill=batch.trie.fill(self.encoder.chunk_tokens),
             seconds_left=seconds * (self.num_steps - progress.step),
             valid_mrr=mrr,
         )

@@ -48,6 +48,10 @@ class TokenTrie:
         """Return the node of the last token of every text (N,): where it is pooled."""
         return self.paths[np.arange(len(self.lengths)), self.lengths - 1].astype(np.int64)
 
+    def fill(self, max_tokens: int) -> float:
+        """Return the share of nodes among the tokens that a pass over chunks of max_tokens computes, padding included."""
+        return self.num_nodes / sum(len(rows) * int(self.row_lengths[rows].max()) for rows in self.chunks(max_tokens))
+
     def rows_of(self, nodes: IntArray) -> IntArray:
         """Return the row of every given node."""
         return np.searchsorted(self.row_starts, nodes, side="right") - 1
