@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pykalm.config import Config, load_config
     from pykalm.demo import run_demo
     from pykalm.errors import KalmError
+    from pykalm.processes import may_report_failure
     from pykalm.report.tables import (
         catalogue_table,
         graph_check_table,
@@ -50,6 +51,7 @@ __all__ = [
     "load_config",
     "load_graph",
     "load_run",
+    "may_report_failure",
     "predict",
     "prediction_table",
     "relation_table",
@@ -67,6 +69,7 @@ HOMES = {
     "graph_check_table": "pykalm.report.tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
+    "may_report_failure": "pykalm.processes",
     "prediction_table": "pykalm.report.tables",
     "relation_table": "pykalm.report.tables",
     "run_bench": "pykalm.bench.bench",

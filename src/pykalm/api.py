@@ -1,5 +1,6 @@
 """The functions that people call, from a notebook or through the command line: train, measure, ask."""
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -23,14 +24,15 @@ from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
 from pykalm.learn.state import STATE_FILE
-from pykalm.learn.train import StepReport, Trainer, require_trackers
+from pykalm.learn.tracking import require_trackers
+from pykalm.learn.train import StepReport, Trainer
 from pykalm.memory import format_size
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
-from pykalm.processes import gather, on_main
+from pykalm.processes import any_of, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
@@ -58,6 +60,7 @@ def train(
     settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step. A graph that is a folder is
     kept as an absolute path, a named one by its name. Returns the run with its best weights. Raises RunError where `out`
     holds a run already (or none, with resume), ConfigError for wrong settings, TrainingError where it cannot go on.
+    In a launch of several processes all call it alike; the main one alone writes and calls watch.
     """
     out = Path(out)
     is_loaded = isinstance(graph, KnowledgeGraph)
@@ -67,7 +70,8 @@ def train(
     config = resolve_settings(config, given | dict(settings or {}), out if resume else None, is_loaded=is_loaded)
     loaded = graph if isinstance(graph, KnowledgeGraph) else load_graph(config.graph)
     require_trackers(config.training.trackers)
-    with only_writer(out):
+    join(config.training.device)
+    with holding(lambda: only_writer(out)):
         chosen = resume and _has_chosen_passes(out, config)
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
         if config.training.memory is not None and not chosen:
@@ -100,7 +104,7 @@ def evaluate_links(
     split: evaluation.split of the run by default; baseline: measure the unaligned model instead, same protocol; graph:
     another graph than the one of the run, whose relations and entities it may never have seen; limit: so many triples
     only, drawn by seed. Raises UnsavedReport, which holds the report, where RUN/results cannot be written; UsageError
-    for a limit below 1.
+    for a limit below 1. In a launch of several processes all call it alike and share the work; the main one writes.
     """
     split = run.config.evaluation.split if split is None else split
     if graph is not None:
@@ -128,7 +132,7 @@ def evaluate_links(
     parts = ["links", _graph_label(run.graph) if graph is not None else "", split if split != "test" else "",
              f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
     try:
-        report.save(run.path / "results", ".".join(part for part in parts if part))
+        on_main(lambda: report.save(run.path / "results", ".".join(part for part in parts if part)))
     except KalmError as error:
         raise UnsavedReport(f"measured, but not saved. {error}", report) from error
     return report
@@ -186,10 +190,15 @@ def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     """Build a run again as it began; the trainer then fills in what was saved."""
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path}: wanted a run to go on with, found none. Start it without --resume.")
+    on_main(lambda: _mend(path, config))
+    return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
+
+
+def _mend(path: Path, config: Config) -> None:
+    """Bring back what a kill left half done, and write down what has changed of the FREE settings."""
     recover_folder(path / "adapter")
     if config != read_run_config(path):
         replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
-    return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
 
 
 def _has_chosen_passes(path: Path, config: Config) -> bool:
@@ -267,18 +276,18 @@ def _vector_type(run: Run) -> torch.dtype:
 
 
 def _fresh_index(run: Run) -> EntityIndex | None:
-    """Return the saved entity vectors where there are some and they belong to these weights and texts."""
-    wanted = index_fingerprint(run.encoder, run.verbalizer, dtype=_vector_type(run))
-    try:
-        return EntityIndex.load(run.path / "index", expected_fingerprint=wanted)
-    except RunError:
-        return None
+    """Return the saved entity vectors where there are some (for all processes) and they belong to these weights and texts."""
+    fingerprint, index = index_fingerprint(run.encoder, run.verbalizer, dtype=_vector_type(run)), None
+    with contextlib.suppress(RunError):
+        index = EntityIndex.load(run.path / "index", expected_fingerprint=fingerprint)
+    (is_missing,) = any_of([index is None])
+    return None if is_missing else index
 
 
 def _keep_index(index: EntityIndex, folder: Path) -> None:
     """Save entity vectors for the next time, where that is possible: they can always be computed again."""
     try:
-        index.save(folder)
+        on_main(lambda: index.save(folder))
     except KalmError as error:
         log.warning("kalm: the entity vectors are not kept for the next time. %s", error)
 

@@ -3,11 +3,12 @@
 Exit codes: 0 fine, 1 failed, 2 wrong usage or settings, 130 stopped by Ctrl-C.
 """
 
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ import typer
 import pykalm
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
+from pykalm.launch import launched_rank, num_launched
 from pykalm.terminal import Watcher, print_json, print_table, report_failure, say, show_progress
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with_traceback = "--traceback" in arguments or os.environ.get("KALM_TRACEBACK", "0") not in ("", "0")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), printed_by_main_only():
             if not with_traceback:
                 # Warnings of libraries speak to programmers; what concerns the user, kalm says itself.
                 warnings.simplefilter("ignore")
@@ -52,18 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     except KalmError as error:
-        report_failure(error, expected=True, with_traceback=with_traceback)
+        if num_launched() == 1 or pykalm.may_report_failure():
+            report_failure(error, expected=True, with_traceback=with_traceback)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of stdout has gone, as in `kalm data list | head -1`; there is no one to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        report_failure(error, expected=False, with_traceback=with_traceback)
+        if num_launched() == 1 or pykalm.may_report_failure():
+            report_failure(error, expected=False, with_traceback=with_traceback)
         code = 1
     if code == 130:
-        say("kalm: stopped.")
+        with printed_by_main_only():
+            say("kalm: stopped.")
     return code
+
+
+@contextlib.contextmanager
+def printed_by_main_only() -> Iterator[None]:
+    """Of several processes let only the main one print; `main` lets the first that fails say why."""
+    if launched_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def show_version(wanted: bool) -> None:

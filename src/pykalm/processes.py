@@ -11,7 +11,7 @@ import heapq
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -85,6 +85,11 @@ def share_out(costs: IntArray) -> IntArray:
     return owners
 
 
+def own_part(work: Iterable[T]) -> list[T]:
+    """Return the pieces of work that this process does of those that all know, each as costly as the other."""
+    return list(work)[rank() :: count()]
+
+
 def gather_rows(own: Tensor, owners: IntArray) -> Tensor:
     """Return the rows (N, D) of all processes; owners (N,) says whose row each is. METHOD.md §7.13.
 
@@ -121,6 +126,15 @@ def sum_in_place(tensors: Sequence[Tensor]) -> None:
         parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def sum_counts(counts: IntArray) -> IntArray:
+    """Return the sum of whole numbers over all processes."""
+    if count() == 1:
+        return counts
+    summed = torch.from_numpy(counts).to(device())
+    sum_in_place([summed])
+    return summed.cpu().numpy()
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:
@@ -161,6 +175,18 @@ def on_main(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return outcome[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def holding(resource: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """Let the main process hold a resource, such as a lock, while all do the block; none does where it cannot be had."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(resource())
+
+        on_main(take)
+        yield
 
 
 @contextlib.contextmanager
@@ -220,10 +246,13 @@ def _require_servable(device: str) -> None:
                 f"wanted a launch of plain processes or with --use_fsdp --fsdp_version 2, found {what.lower()}. "
                 "docs/many-processes.md has the command lines."
             )
-    if device == "mps":
-        raise UsageError("wanted device cpu or cuda for several processes, found mps. Launch one process.")
+    has_gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or (
+        device == "auto" and not has_gpu and torch.backends.mps.is_available()
+    ):
+        raise UsageError(f"wanted device cpu or cuda for several processes, found {device}. Launch one process.")
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device != "cpu" and torch.cuda.is_available() and wanted > gpus:
+    if device != "cpu" and has_gpu and wanted > gpus:
         raise UsageError(
             f"wanted a GPU for each of the {wanted} processes of this machine, found {gpus}. Launch {gpus}, or set "
             "training.device=cpu."

@@ -13,7 +13,7 @@ import torch
 from pykalm import api
 from pykalm.config import Config
 from pykalm.errors import ModelError, TrainingError
-from pykalm.learn import train as train_module
+from pykalm.learn import tracking
 from pykalm.learn.state import read_metrics
 from pykalm.learn.train import learning_rate
 from pykalm.model.run import Run
@@ -226,7 +226,7 @@ def test_metrics_reach_tensorboard_even_when_training_breaks_off(train: Train, t
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "get_available_trackers", list)
+    monkeypatch.setattr(tracking, "get_available_trackers", list)
     with pytest.raises(TrainingError, match=r"wanted tensorboard.*pip install"):
         train(training__trackers=["tensorboard"])
     assert not (tmp_path / "run").exists()

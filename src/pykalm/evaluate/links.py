@@ -158,7 +158,8 @@ def rank_links(
 ) -> tuple[RankTable, RankTable]:
     """Rank the tails, then the heads, of N triples; query (2N, D) in the order of `both_directions`.
 
-    Every other entity that a split knows as an answer is removed. Returns (tail side, head side).
+    Every other entity that a split knows as an answer is removed. Returns (tail side, head side). All processes call it
+    with the same vectors.
     """
     rows = both_directions(triples, graph.num_relations)
     # Triples that ask the same question share its scores: on FB15k-237 nearly every other one.

@@ -17,6 +17,7 @@ from pykalm.evaluate.counts import (
     require_finite_scores,
 )
 from pykalm.graph.graph import IntArray
+from pykalm.processes import failing_together, own_part, sum_counts
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -87,7 +88,8 @@ def rank(
     Beside what is given, the result and 12 bytes a vector, memory is at most, with c = chunk_queries (256 at least) and
     e = chunk_entities, 12·c·e bytes for scores, 4·D·(c + e) + 8·D·c for vectors, and 80 for each pair of a target and a
     known answer of c queries: it grows neither with B nor with E. Raises ModelError where a score may be NaN or
-    infinite: it has no rank. EVALUATION.md §1.
+    infinite: it has no rank. All processes call it with the same vectors and share the chunks of queries out, so that
+    ranks are those of one process. EVALUATION.md §1.
     """
     offsets, known_entities = known
     wanted = np.arange(len(targets)) if query_of_target is None else query_of_target
@@ -98,9 +100,9 @@ def rank(
     require_finite_scores(query, candidates)
     order = np.argsort(wanted, kind="stable")
     first_target = np.searchsorted(wanted[order], np.arange(len(query) + 1))
-    counts = np.empty((3, len(targets)), dtype=np.int64)
-    with exact_float32():
-        for chunk in even_slices(len(query), chunk_queries):
+    counts = np.zeros((3, len(targets)), dtype=np.int64)
+    with exact_float32(), failing_together():
+        for chunk in own_part(even_slices(len(query), chunk_queries)):
             chosen = order[first_target[chunk.start] : first_target[chunk.stop]]
             first, last = offsets[chunk.start], offsets[chunk.stop]
             counts[:, chosen] = count_targets(
@@ -110,7 +112,7 @@ def rank(
                 known=(offsets[chunk.start : chunk.stop + 1] - first, known_entities[first:last]),
                 candidates=candidates,
             )
-    return _rank_table(*counts)
+    return _rank_table(*sum_counts(counts))
 
 
 def _rank_table(better: IntArray, equal: IntArray, num_candidates: IntArray) -> RankTable:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pykalm.errors import RunError
 from pykalm.files import explain_write_errors, remove_drafts, replace_file
+from pykalm.model.sharding import part_like, whole
+from pykalm.processes import on_main
 
 STATE_FILE = Path("state") / "latest.pt"
 METRICS_FILE = "metrics.jsonl"
@@ -40,15 +42,25 @@ def save_state(
 ) -> None:
     """Save learned weights (by name), optimiser and progress. Raises TrainingError where writing fails.
 
-    No random state: batches and dropout are functions of seed and step.
+    No random state: batches and dropout are functions of seed and step. All processes call it, the main one writes;
+    tensors are saved whole, so that another number of processes can go on with them.
     """
     state = {
-        "parameters": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
-        "optimizer": optimizer.state_dict(),
+        "parameters": {name: whole(parameter.detach()).cpu() for name, parameter in parameters.items()},
+        "optimizer": _each_tensor(optimizer.state_dict(), lambda _, tensor: whole(tensor)),
         "progress": asdict(progress),
         "fingerprints": fingerprints,
     }
-    replace_file(run_folder / STATE_FILE, lambda file: _write(state, file))
+    on_main(lambda: replace_file(run_folder / STATE_FILE, lambda file: _write(state, file)))
+
+
+def _each_tensor(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """Return the state of an optimiser with every tensor changed, given the number of its parameter."""
+    entries = {
+        number: {key: change(number, value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def _write(state: dict[str, Any], file: Path) -> None:
@@ -83,8 +95,11 @@ def load_state(
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-        optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(part_like(saved[name], parameter))
+        numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(
+            _each_tensor(state["optimizer"], lambda number, tensor: part_like(tensor, numbered[number]))
+        )
         return Progress(**state["progress"])
     except DAMAGE as error:
         raise RunError(

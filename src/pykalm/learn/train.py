@@ -7,24 +7,26 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from pykalm.config import Config
-from pykalm.errors import ModelError, TrainingError
+from pykalm.errors import ModelError, ProcessError, TrainingError
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
+from pykalm.learn.clipping import clip_gradients
 from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
 from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.learn.tracking import tracking
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
+from pykalm.processes import any_of, gather, is_main, on_main, rank
 
 MEMORY_REMEDY = (
     "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens, or give "
@@ -62,6 +64,7 @@ class Trainer:
     validate: returns the valid MRR of the encoder as it is, or None is given where the graph has no valid split;
     fingerprints: of what must not change between a stop and a resume;
     save_best: puts the weights where the run's users find them; watch: is told of every step.
+    Of several processes all run it, with the same contents; the main one alone writes and calls watch.
     """
 
     encoder: Encoder
@@ -90,24 +93,26 @@ class Trainer:
         training, parameters = self.config.training, self.encoder.trainable()
         evaluate_every = training.evaluate_every or self.order.steps_per_epoch
         with (
-            _accelerator(self.config, self.folder) as accelerator,
+            tracking(self.config, self.folder) as track,
             _one_interrupt() as interrupted,
             explained_memory(MEMORY_REMEDY, kind=TrainingError),
+            _built_ahead(self._build, self.num_steps, self.encoder.device) as batch_at,
         ):
-            optimizer = accelerator.prepare(_optimizer(parameters, self.config))
+            optimizer = _optimizer(parameters, self.config)
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
-            metrics, speed = MetricsLog(self.folder, step=progress.step), _Speed()
+            self._require_the_same_everywhere(progress)
+            metrics, speed = on_main(lambda: MetricsLog(self.folder, step=progress.step)), _Speed()
             self.encoder.train()
             while progress.step < self.num_steps and not progress.finished:
                 speed.start()
                 step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
-                batch = self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+                batch = batch_at(step)
                 with _step_randomness(self.config.seed, step, self.encoder.device):
                     loss = joint_gradient(
                         self.encoder, batch, self.config.objective, memory_tokens=training.memory_tokens
                     )
-                norm = accelerator.clip_grad_norm_(parameters.values(), training.clip_norm)
-                _require_numbers(loss, float(norm), step, progress)
+                norm = clip_gradients(parameters.values(), training.clip_norm)
+                _require_numbers(loss, norm, step, progress)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -117,18 +122,34 @@ class Trainer:
                 speed.stop(batch)
                 due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
                 mrr = self._evaluate(progress) if due else None
-                report = self._report(progress, batch, loss, float(norm), rate, speed, mrr)
-                metrics.write(**vars(report))
-                accelerator.log(
-                    {key: value for key, value in vars(report).items() if value is not None}, step=progress.step
-                )
-                stopped = interrupted.is_set()  # asked once: an interrupt after the save is for the next step
+                report = self._report(progress, batch, loss, norm, rate, speed, mrr)
+                if is_main():
+                    metrics.write(**vars(report))
+                    track(vars(report))
+                # Asked once, in all processes: an interrupt after the save is for the next step.
+                (stopped,) = any_of([interrupted.is_set()])
                 if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
                     save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
-                self.watch(report)
+                if is_main():
+                    self.watch(report)
                 if stopped:
                     raise KeyboardInterrupt
         return progress
+
+    def _build(self, step: int) -> Batch:
+        """Return the batch of a step: a function of seed and step, in every process the same."""
+        return self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+
+    def _require_the_same_everywhere(self, progress: Progress) -> None:
+        """Raise ProcessError where another process has other content or another step, as from a folder that is not shared."""
+        found = gather({**self.fingerprints, "last save": f"step {progress.step}"})
+        for what, mine in found[0].items():
+            if others := {process[what] for process in found} - {mine}:
+                raise ProcessError(
+                    f"{what}: wanted the same in all processes, found {mine[:12]} in the main one and "
+                    f"{', '.join(sorted(other[:12] for other in others))} elsewhere. All machines need the same graph, "
+                    "model and run folder, under the same paths."
+                )
 
     def _evaluate(self, progress: Progress) -> float | None:
         """Evaluate on valid; keep the weights when they are the best so far, or the last where there is no valid."""
@@ -191,30 +212,24 @@ def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.opt
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.training.learning_rate)
 
 
-def require_trackers(trackers: Sequence[str]) -> None:
-    """Raise TrainingError for a tracker whose package is not there; accelerate leaves it out without a word."""
-    if missing := sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()}):
-        raise TrainingError(
-            f"training.trackers: wanted {', '.join(missing)}, found no package of that name. "
-            "Run `pip install 'pykalm[tracking]'`, or leave it out."
-        )
-
-
 @contextlib.contextmanager
-def _accelerator(config: Config, folder: Path) -> Iterator[Accelerator]:
-    """Yield accelerate's hand on device, clipping and trackers, which are closed at the end, whatever it is.
+def _built_ahead(
+    build: Callable[[int], Batch], num_steps: int, device: torch.device
+) -> Iterator[Callable[[int], Batch]]:
+    """Yield what returns the batch of a step; beside a GPU the next one is built meanwhile, a CPU has no time for that."""
+    if device.type == "cpu":
+        yield build
+        return
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        ahead: dict[int, Future[Batch]] = {}
 
-    Precision is the encoder's own.
-    """
-    device = config.training.device
-    trackers = list(config.training.trackers)
-    accelerator = Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder))
-    if trackers:
-        accelerator.init_trackers("kalm", config={"settings": config.to_yaml()})
-    try:
-        yield accelerator
-    finally:
-        accelerator.end_training()
+        def batch_at(step: int) -> Batch:
+            batch = ahead.pop(step).result() if step in ahead else worker.submit(build, step).result()
+            if step + 1 < num_steps:
+                ahead[step + 1] = worker.submit(build, step + 1)
+            return batch
+
+        yield batch_at
 
 
 def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress) -> None:
@@ -246,10 +261,10 @@ def _advice(progress: Progress) -> str:
 
 @contextlib.contextmanager
 def _step_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Make dropout a function of seed and step, so that a resumed run draws what an uninterrupted one would."""
+    """Make dropout a function of seed, step and process, so that a resumed run draws what an uninterrupted one would."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0]))
         yield
 
 

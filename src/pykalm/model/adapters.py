@@ -20,6 +20,8 @@ from pykalm.files import replace_folder
 from pykalm.model.dropout import Dropout
 from pykalm.model.layers import find_layers
 from pykalm.model.pretrained import no_progress_bars
+from pykalm.model.sharding import whole
+from pykalm.processes import is_main, on_main
 
 AdapterKind = Literal["lora", "full"]
 Targets = Literal["auto", "all-linear", "mlp"] | list[str]
@@ -180,23 +182,34 @@ def save_adapter(model: nn.Module, folder: Path, *, notes: Mapping[str, str] | N
     """Save what was trained, LoRA in peft's layout or a whole Hugging Face folder, in place of what the folder held.
 
     notes: texts by file name that belong to the weights. All is replaced at once: a full disk or a kill leaves the
-    earlier files whole. Raises TrainingError where writing fails.
+    earlier files whole. Raises TrainingError where writing fails. All processes call it, the main one writes.
     """
+    learned = _learned(model)
 
     def fill(draft: Path) -> None:
-        _write(model, draft)
+        _write(model, learned, draft)
         for name, text in (notes or {}).items():
             (draft / name).write_text(text, encoding="utf-8")
 
-    replace_folder(folder, fill)
+    on_main(lambda: replace_folder(folder, fill))
 
 
-def _write(model: nn.Module, folder: Path) -> None:
+def _learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights to be saved by name, in the main process whole; the others help and keep none."""
+    lora = isinstance(model, PeftModel)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False) if lora else model.state_dict()
+    learned = {}
+    for name, tensor in state.items():
+        gathered = whole(tensor)
+        if is_main():
+            learned[name] = gathered.contiguous().cpu() if lora or gathered is not tensor else gathered
+    return learned
+
+
+def _write(model: nn.Module, learned: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the files of a LoRA adapter or of a whole model into an empty folder, weights as one file."""
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        save_file(tensors, folder / _ADAPTER_WEIGHTS)
+        save_file(learned, folder / _ADAPTER_WEIGHTS)
         config = model.peft_config["default"]
         assert isinstance(config, LoraConfig)
         # peft keeps a set, whose order would differ from run to run.
@@ -205,7 +218,7 @@ def _write(model: nn.Module, folder: Path) -> None:
         return
     assert isinstance(model, PreTrainedModel)
     with no_progress_bars():
-        model.save_pretrained(folder, max_shard_size="1000GB")
+        model.save_pretrained(folder, state_dict=learned, max_shard_size="1000GB")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.Module:

@@ -15,6 +15,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
+from pykalm.processes import failing_together, gather_rows, rank, share_out
 from pykalm.text.texts import Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
 
@@ -140,8 +141,8 @@ class Encoder(nn.Module):
         """Return the vectors of N texts (N, D), float32 unit rows on the CPU, in eval mode and without gradient.
 
         Texts are laid out in sorted slices, so that those with a common prefix share it however many there are;
-        progress is called with (tokens done, tokens in all). Raises ModelError for a text longer than the model has
-        positions, and OutOfMemoryError.
+        progress is called with (tokens done, tokens in all). All processes call it with the same texts and share them
+        out. Raises ModelError for a text longer than the model has positions, and OutOfMemoryError.
         """
         texts = Texts.of(texts)
         self.require_room(int(texts.lengths.max(initial=0)))
@@ -169,18 +170,27 @@ class Encoder(nn.Module):
         return vectors
 
     def _embed_trie(self, trie: TokenTrie, report: Callable[[int], None]) -> Tensor:
-        """Return the vectors of a trie's texts, every distinct text read once."""
+        """Return the vectors of a trie's texts, every distinct text read once, by one of the processes.
+
+        The chunks are those of one process, so that the vectors are the same bits however many there are.
+        """
         wanted, back = np.unique(trie.last_nodes(), return_inverse=True)
-        distinct = torch.empty(len(wanted), self.width)
-        computed = 0
-        for rows in trie.chunks(self.chunk_tokens):
-            group = row_group(trie, rows)
-            which, places = group.find(wanted)
-            states = self(group, shared=trie.shared)[torch.from_numpy(places).to(self.device)]
-            distinct[torch.from_numpy(which)] = pooled(states).cpu()
-            computed += int(trie.row_lengths[rows].sum())
-            report(computed)
-        return distinct[torch.from_numpy(back)]
+        chunks = trie.chunks(self.chunk_tokens)
+        owners = share_out(np.array([len(rows) * int(trie.row_lengths[rows].max()) for rows in chunks]))
+        chunk_of_row = np.empty(len(trie.row_lengths), dtype=np.int64)
+        for number, rows in enumerate(chunks):
+            chunk_of_row[rows] = number
+        owner_of_text = owners[chunk_of_row[trie.rows_of(wanted)]]
+        own = wanted[owner_of_text == rank()]
+        vectors = torch.empty(len(own), self.width)
+        with failing_together():
+            for done, number in enumerate(np.flatnonzero(owners == rank()).tolist()):
+                group = row_group(trie, chunks[number])
+                which, places = group.find(own)
+                states = self(group, shared=trie.shared)[torch.from_numpy(places).to(self.device)]
+                vectors[torch.from_numpy(which)] = pooled(states).cpu()
+                report(int(trie.num_nodes * (done + 1) / (owners == rank()).sum()))
+        return gather_rows(vectors, owner_of_text)[torch.from_numpy(back)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that learn, by name; the temperature among them where it is learned."""

@@ -12,9 +12,11 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pykalm.errors import ModelError
+from pykalm.launch import launched_local_rank, num_launched
 from pykalm.model.fingerprint import fingerprint_model
 from pykalm.model.known_models import KNOWN_MODELS, convert_from_wheel, converted_folder
 from pykalm.model.pretrained import Quantization, read_pretrained, read_tokenizer
+from pykalm.processes import one_per_machine_first
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ def _read(
     source: str, *, dtype: torch.dtype, quantize: Quantization, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Find a model and read it."""
-    place, gguf_file, local = _locate(source)
+    with one_per_machine_first():  # it may download or convert the model
+        place, gguf_file, local = _locate(source)
     try:
         return read_pretrained(
             place, gguf_file=gguf_file, dtype=dtype, quantize=quantize, device=device, local_files_only=local
@@ -175,11 +178,12 @@ def _short_names() -> str:
 def resolve_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda (or cuda:1, ...) or mps into a device; auto takes the first there is of cuda, mps, cpu.
 
-    Raises ModelError for a device that this machine lacks: nothing falls back to the CPU unasked.
+    Of several processes each takes a GPU of its own. Raises ModelError for a device that this machine lacks: nothing
+    falls back to the CPU unasked.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
         raise ModelError(f"device: wanted auto, cpu, cuda, cuda:N or mps, found {name!r}.")
@@ -189,4 +193,4 @@ def resolve_device(name: str) -> torch.device:
             f"device: {name!r} was asked for, but PyTorch {torch.__version__} finds {count} of that kind here. "
             "Set device to auto or cpu, or install a PyTorch build and driver for it."
         )
-    return torch.device(name)
+    return torch.device("cuda", launched_local_rank()) if name == "cuda" and num_launched() > 1 else torch.device(name)

@@ -28,6 +28,7 @@ from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
+from pykalm.processes import join, on_main
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
@@ -82,7 +83,7 @@ class Run:
 
 def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     """Start a run: base model with fresh adapters, nothing learned yet. Raises RunError where one exists already."""
-    if (path / "config.yaml").exists():
+    if on_main(lambda: (path / "config.yaml").exists()):
         raise RunError(
             f"{path}: wanted a new folder for the run, found a run. Take another --out, delete the folder, or go on "
             "with --resume."
@@ -93,7 +94,9 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
         run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
         if config.objective.implicit:
             require_own_logits(run.encoder, run.verbalizer)
-    replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    on_main(
+        lambda: replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
+    )
     return run
 
 
@@ -157,10 +160,12 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
     """Open a trained run. `graph` replaces the graph it was trained on; by default that one is found again by name.
 
     Raises RunError where the folder is none, is damaged or of another version, or where base model or graph changed.
+    In a launch of several processes all call it alike.
     """
     path = Path(path)
     alignment = read_alignment(path)
     config = read_run_config(path)
+    join(device or config.training.device)
     if config.text != TextSettings(**alignment["text"]):
         raise RunError(
             f"{path / 'config.yaml'}: wanted the text settings of the training, {alignment['text']}, found others. "
