@@ -34,17 +34,17 @@ ROWS_AT_ONCE = 1 << 14
 NUMBERS_AT_ONCE = 1 << 25
 
 
-def join(device: str) -> None:
+def join(device_name: str) -> None:
     """Let all processes of the launch meet: NCCL where the device (auto, cpu, cuda) is a GPU, else gloo.
 
     Does nothing in one process, or the second time. Raises UsageError for a launch that kalm cannot serve.
     """
     if num_launched() == 1 or dist.is_initialized():
         return
-    _require_servable(device)
+    _require_servable(device_name)
     if launched_rank() > 0:
         logging.getLogger("pykalm").setLevel(logging.ERROR)  # one process says it for all
-    PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
+    PartialState(cpu=device_name == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     atexit.register(_leave)
 
 
@@ -103,7 +103,7 @@ def gather_rows(own: Tensor, owners: IntArray) -> Tensor:
     gathered = own.new_empty(len(owners), *own.shape[1:])
     for start in range(0, max(map(len, places)), ROWS_AT_ONCE):
         width = min(ROWS_AT_ONCE, max(map(len, places)) - start)
-        mine = own.detach()[start : start + width].to(_wire())
+        mine = own.detach()[start : start + width].to(device())
         sent = torch.cat([mine, mine.new_zeros(width - len(mine), *own.shape[1:])])
         parts = [torch.empty_like(sent) for _ in range(count())]
         with _explained():
@@ -141,7 +141,7 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
     """Return for each flag whether it is True in any of all processes."""
     if count() == 1:
         return list(flags)
-    raised = torch.tensor(list(flags), dtype=torch.float32, device=_wire())
+    raised = torch.tensor(list(flags), dtype=torch.float32, device=device())
     with _explained():
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in raised.tolist()]
@@ -238,7 +238,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _require_servable(device: str) -> None:
+def _require_servable(device_name: str) -> None:
     """Raise UsageError for a launch with a device or a way of sharing work that kalm does not have."""
     for what in ("DEEPSPEED", "MEGATRON_LM"):
         if is_asked_for(what):
@@ -247,21 +247,22 @@ def _require_servable(device: str) -> None:
                 "docs/many-processes.md has the command lines."
             )
     has_gpu = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda") or (
-        device == "auto" and not has_gpu and torch.backends.mps.is_available()
+    if device_name not in ("auto", "cpu", "cuda") or (
+        device_name == "auto" and not has_gpu and torch.backends.mps.is_available()
     ):
-        raise UsageError(f"wanted device cpu or cuda for several processes, found {device}. Launch one process.")
+        raise UsageError(f"wanted device cpu or cuda for several processes, found {device_name}. Launch one process.")
     gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device != "cpu" and has_gpu and wanted > gpus:
+    if device_name != "cpu" and has_gpu and wanted > gpus:
         raise UsageError(
             f"wanted a GPU for each of the {wanted} processes of this machine, found {gpus}. Launch {gpus}, or set "
             "training.device=cpu."
         )
 
 
-def _wire() -> torch.device:
-    """Return the device whose tensors the processes can send."""
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+def device() -> torch.device:
+    """Return the device whose tensors the processes can send: the GPU of this one under NCCL, else the CPU."""
+    over_gpus = dist.is_initialized() and "nccl" in dist.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if over_gpus else torch.device("cpu")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from pykalm import processes
 from pykalm.learn import step
@@ -20,6 +21,7 @@ from pykalm.learn.batches import Batch
 from pykalm.learn.step import StepLoss
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
+from pykalm.model.sharding import whole
 from tests.laws.common import (
     build_batch,
     gradients,
@@ -60,23 +62,26 @@ def batch_of(encoder: Encoder, *, explicit: bool = True, implicit: bool = True, 
     return build_batch(encoder, tiny_verbalizer(tiny_graph()), explicit=explicit, share=float(implicit))
 
 
-def gradients_of(case: str) -> tuple[StepLoss, dict[str, Tensor]]:
+def gradients_of(case: str, *, sharded: bool) -> tuple[StepLoss, dict[str, Tensor]]:
     settings = CASES[case]
     encoder = encoder_of(**settings)
     batch = batch_of(encoder, **settings)
-    return gradients(encoder, batch, memory_tokens=settings.get("memory_tokens", 1 << 20))
+    if sharded:
+        encoder.share_weights_out()
+    loss, found = gradients(encoder, batch, memory_tokens=settings.get("memory_tokens", 1 << 20))
+    return loss, {name: whole(gradient) for name, gradient in found.items()}
 
 
-def every_case(damage: str | None) -> dict[str, tuple[StepLoss, dict[str, Tensor]]]:
+def every_case(damage: str | None, sharded: bool) -> dict[str, tuple[StepLoss, dict[str, Tensor]]]:
     """Return losses and gradients of every case, in a process whose code has the named damage."""
     with DAMAGES[damage]() if damage else contextlib.nullcontext():
-        return {case: gradients_of(case) for case in CASES}
+        return {case: gradients_of(case, sharded=sharded) for case in CASES}
 
 
-def require_the_gradients_of_one(count: int) -> None:
+def require_the_gradients_of_one(count: int, *, sharded: bool = False) -> None:
     """Rounding is below 1e-5; the smallest of the breaks moves a gradient by more than a tenth of its length."""
-    wanted = every_case(None)
-    found = run_ranks(count, every_case, _damage)
+    wanted = every_case(None, sharded=False)
+    found = run_ranks(count, every_case, _damage, sharded)
     for case, (loss, gradient) in wanted.items():
         assert "log_inverse_temperature" in gradient or "implicit alone" in case
         for of_rank in found:
@@ -99,6 +104,11 @@ def test_two_processes_find_the_gradient_of_one() -> None:
 @pytest.mark.slow
 def test_four_processes_find_the_gradient_of_one() -> None:
     require_the_gradients_of_one(4)
+
+
+def test_two_processes_that_share_the_weights_out_find_the_gradient_of_one() -> None:
+    """The same, with FSDP: every process holds a half of every weight."""
+    require_the_gradients_of_one(2, sharded=True)
 
 
 def test_the_cases_are_what_they_claim(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,12 +182,18 @@ def local_rows_lose_their_gradient() -> AbstractContextManager[None]:
     return replaced(step, "gather_rows", wrong)
 
 
+def gradients_of_shared_weights_are_averaged() -> AbstractContextManager[None]:
+    """Leave FSDP's division by the number of processes as it is by default."""
+    return replaced(FSDPModule, "set_gradient_divide_factor", lambda self, factor: None)
+
+
 DAMAGES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "gradients are averaged": gradients_are_averaged,
     "the temperature counts for every process": temperature_counts_for_every_process,
     "the completion loss is a mean of means": completion_loss_is_a_mean_of_means,
     "vectors come in the order of the processes": vectors_come_in_the_order_of_the_processes,
     "local rows lose their gradient": local_rows_lose_their_gradient,
+    "gradients of shared weights are averaged": gradients_of_shared_weights_are_averaged,
 }
 
 
@@ -197,4 +213,7 @@ def in_the_processes(damage: str) -> Callable[[], AbstractContextManager[None]]:
 
 
 BREAKS = {damage: in_the_processes(damage) for damage in DAMAGES}
-CHECKS = dict.fromkeys(BREAKS, "test_two_processes_find_the_gradient_of_one")
+CHECKS = {
+    **dict.fromkeys(BREAKS, "test_two_processes_find_the_gradient_of_one"),
+    "gradients of shared weights are averaged": "test_two_processes_that_share_the_weights_out_find_the_gradient_of_one",
+}

@@ -208,8 +208,8 @@ def test_a_full_disk_leaves_the_earlier_adapter_whole(
     trained(model, adapted)
     write = adapters._write
 
-    def write_until_full(model: nn.Module, folder: Path) -> None:
-        write(model, folder)
+    def write_until_full(model: nn.Module, learned: dict[str, torch.Tensor], folder: Path) -> None:
+        write(model, learned, folder)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(adapters, "_write", write_until_full)

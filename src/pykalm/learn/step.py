@@ -11,6 +11,7 @@ from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
 from pykalm.model.encoder import Encoder, pooled
+from pykalm.model.sharding import is_sharded
 from pykalm.processes import any_of, count, gather_rows, is_main, rank, share_out, sum_in_place
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, row_group
@@ -115,22 +116,25 @@ def _share(encoder: Encoder, batch: Batch) -> _Share:
     trie = batch.trie
     owner_of_row = share_out(trie.row_lengths)
     shares = [np.flatnonzero(owner_of_row == process) for process in range(count())]
-    groups = [row_group(trie, rows) for rows in trie.chunks(encoder.chunk_tokens, shares[rank()])]
+    chunked = [trie.chunks(encoder.chunk_tokens, rows) for rows in shares]
+    groups = [row_group(trie, rows) for rows in chunked[rank()]]
     pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
     owners = owner_of_row[trie.rows_of(pooled_nodes)]
     own = np.flatnonzero(owners == rank())
     chunks = [_Chunk(group, *group.find(pooled_nodes[own]), *group.find(batch.answer_nodes)) for group in groups]
+    # Shared weights are gathered for every pass, by all processes, so that all make as many.
+    passes = max(map(len, chunked)) if is_sharded(encoder) else 1
     return _Share(
         pooled_nodes,
         owners,
         own,
-        chunks or [_idle_chunk(batch)],
+        chunks + [_idle_chunk(batch)] * (passes - len(chunks)),
         tokens=max(int(trie.row_lengths[rows].sum()) for rows in shares),
     )
 
 
 def _idle_chunk(batch: Batch) -> _Chunk:
-    """Return a chunk of which nothing is asked, for a process that has no rows."""
+    """Return a chunk of which nothing is asked, for a process that has no rows left."""
     nothing = np.zeros(0, dtype=np.int64)
     return _Chunk(row_group(batch.trie, np.zeros(1, dtype=np.int64)), nothing, nothing, nothing, nothing)
 
@@ -155,7 +159,7 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
 def _implicit_sum(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk) -> Tensor:
     """Return the summed completion loss of a chunk's answers; their logits are built, used and built again in parts."""
     if not len(chunk.answers):
-        return torch.zeros((), device=encoder.device)
+        return _nothing(encoder, batch, states)
     read = _at(states, chunk.answer_places)
     targets = torch.from_numpy(batch.answer_tokens[chunk.answers]).to(encoder.device)
 
@@ -171,11 +175,22 @@ def _implicit_sum(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk)
     return torch.stack(sums).sum()
 
 
+def _nothing(encoder: Encoder, batch: Batch, states: Tensor) -> Tensor:
+    """Return 0; where weights are shared out, with the same weights behind it in every process, or their sums would not fit."""
+    if not (is_sharded(encoder) and states.requires_grad):
+        return torch.zeros((), device=encoder.device)
+    used = states.sum() if not len(batch.answer_nodes) else encoder.logits(states[:1]).sum()
+    return used * 0
+
+
 def _sum_over_processes(encoder: Encoder, implicit: Tensor) -> None:
-    """Sum the gradients and L_imp's parts over the processes; the temperature's gradient, which all have whole, counts once."""
+    """Sum the gradients and L_imp's parts over the processes; the temperature's gradient, which all have whole, counts once.
+
+    Where weights are shared out, their gradients have been summed in the backward pass.
+    """
     if count() == 1:
         return
-    parameters = list(encoder.trainable().values())
+    parameters = [encoder.log_inverse_temperature] if is_sharded(encoder) else list(encoder.trainable().values())
     if not is_main() and encoder.log_inverse_temperature.grad is not None:
         encoder.log_inverse_temperature.grad.zero_()
     # A parameter may have no gradient here, as the output head of a process without answers, and one elsewhere.

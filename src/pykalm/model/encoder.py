@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
+from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
+from pykalm.model.sharding import give_back, is_sharded, shard, whole
 from pykalm.processes import failing_together, gather_rows, rank, share_out
 from pykalm.text.texts import Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
@@ -89,6 +91,11 @@ class Encoder(nn.Module):
             return [FLEX] if getattr(self.causal_lm, "_supports_flex_attn", False) else []
         return [MATMUL_ATTENTION] if self.device.type == "cpu" and self.wanted_attention == "auto" else []
 
+    def share_weights_out(self) -> None:
+        """Let every process hold a part of the weights only, whose gradients and vectors stay the same (FSDP)."""
+        layers = [layer for _, stack in find_layers(self.causal_lm) for layer in stack]
+        shard(self, layers=layers, whole=self.log_inverse_temperature, methods=["own_logits"])
+
     def temperature(self) -> float:
         """Return τ; inf or 0 where a training has thrown log(1/τ) out of range."""
         return float(self.log_inverse_temperature.detach().double().neg().exp())
@@ -122,6 +129,13 @@ class Encoder(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
         return states[:, :width].flatten(0, 1)
+
+    def own_logits(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states (T, D) of a text (T,) and the logits (T, V) that the model itself gives, whatever `logits` does."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            logits: Tensor = self.causal_lm(input_ids=token_ids[None], use_cache=False).logits[0]
+            states: Tensor = self.causal_lm.base_model(input_ids=token_ids[None], use_cache=False)[0][0]
+        return states, logits.float()
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits (T, V) of states (T, D), with the scaling and soft-capping that some families apply."""
@@ -166,6 +180,7 @@ class Encoder(nn.Module):
                     vectors[torch.from_numpy(slice_)] = self._embed_trie(trie, report)
                     done += len(chosen.tokens)
         finally:
+            give_back(self)
             self.train(was_training)
         return vectors
 
@@ -181,15 +196,18 @@ class Encoder(nn.Module):
         for number, rows in enumerate(chunks):
             chunk_of_row[rows] = number
         owner_of_text = owners[chunk_of_row[trie.rows_of(wanted)]]
-        own = wanted[owner_of_text == rank()]
+        own, own_chunks = wanted[owner_of_text == rank()], [chunks[i] for i in np.flatnonzero(owners == rank())]
+        idle = np.bincount(owners).max() - len(own_chunks) if is_sharded(self) else 0
         vectors = torch.empty(len(own), self.width)
         with failing_together():
-            for done, number in enumerate(np.flatnonzero(owners == rank()).tolist()):
-                group = row_group(trie, chunks[number])
+            for done, rows in enumerate(own_chunks):
+                group = row_group(trie, rows)
                 which, places = group.find(own)
                 states = self(group, shared=trie.shared)[torch.from_numpy(places).to(self.device)]
                 vectors[torch.from_numpy(which)] = pooled(states).cpu()
-                report(int(trie.num_nodes * (done + 1) / (owners == rank()).sum()))
+                report(trie.num_nodes * (done + 1) // len(own_chunks))
+            for _ in range(idle):  # all processes gather the weights for every pass
+                self(row_group(trie, chunks[0][:1]), shared=trie.shared)
         return gather_rows(vectors, owner_of_text)[torch.from_numpy(back)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -201,7 +219,7 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(f"{self.source_fingerprint} {self.compute_dtype} {self.packed}".encode())
         for name, parameter in sorted({**self.trainable(), "τ": self.log_inverse_temperature}.items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            digest.update(whole(parameter.detach()).float().cpu().numpy().tobytes())
         for name, module in sorted(self.named_modules()):
             if isinstance(module, LoraLayer):  # the weights alone do not say by how much they count
                 digest.update(f"{name} {sorted(module.scaling.items())}".encode())

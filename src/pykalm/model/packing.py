@@ -10,6 +10,7 @@ from pykalm.memory import is_out_of_memory
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
 from pykalm.model.pretrained import vocabulary_size
+from pykalm.model.sharding import give_back
 from pykalm.text.texts import Texts, TokenIds
 from pykalm.text.trie import build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
@@ -155,12 +156,9 @@ def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
     trained on something else than it generates from. Compared in eval mode, in which the encoder is left.
     """
     encoder.eval()
-    text = torch.from_numpy(verbalizer.prompt(0, 0))[None].to(encoder.device)
-    enabled = encoder.compute_dtype == torch.bfloat16
-    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=enabled):
-        own = encoder.causal_lm(input_ids=text, use_cache=False).logits[0].float()
-        states = encoder.causal_lm.base_model(input_ids=text, use_cache=False)[0][0]
+    states, own = encoder.own_logits(torch.from_numpy(verbalizer.prompt(0, 0)).to(encoder.device))
     difference = float((encoder.logits(states) - own).abs().max() / own.abs().max().clamp_min(1e-6))
+    give_back(encoder)
     if not difference < LOGIT_TOLERANCE[encoder.compute_dtype]:
         raise ModelError(
             f"{type(encoder.causal_lm).__name__} changes its logits after the output head in a way that kalm does not know "

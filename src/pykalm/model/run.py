@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pykalm.config import Config, TextSettings, load_config
-from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError
+from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError, UsageError
 from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
@@ -28,6 +28,8 @@ from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
+from pykalm.model.sharding import wants_sharding
+from pykalm.processes import device as process_device
 from pykalm.processes import join, on_main
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
@@ -131,16 +133,19 @@ def build_encoder(
 ) -> Encoder:
     """Wrap a model, adapted or bare, as the settings say."""
     training = config.training
-    return Encoder(
+    encoder = Encoder(
         model,
         source_fingerprint=language_model.fingerprint,
         temperature=temperature,
         learn_temperature=config.objective.learn_temperature,
         precision=training.precision,
-        row_tokens=row_tokens(config, next(model.parameters()).device),
+        row_tokens=row_tokens(config, process_device() if wants_sharding() else next(model.parameters()).device),
         chunk_tokens=training.chunk_tokens,
         attention=training.attention,
     )
+    if wants_sharding():
+        encoder.share_weights_out()
+    return encoder
 
 
 def row_tokens(config: Config, device: torch.device) -> int:
@@ -153,6 +158,10 @@ def load_base(config: Config, *, device: str | None = None) -> LanguageModel:
     """Load the base model of a run, in the precision and on the device that the settings, or the caller, name."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     target = resolve_device(device or config.training.device)
+    if wants_sharding():
+        if config.training.compile or config.adapter.quantize != "none":
+            raise UsageError("--use_fsdp goes with training.compile=false and adapter.quantize=none only. Set them so.")
+        target = torch.device("cpu")  # whole; on the GPUs there is room for the parts only
     return load_language_model(config.model, dtype=dtype, quantize=config.adapter.quantize, device=target)
 
 

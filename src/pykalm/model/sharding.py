@@ -1,8 +1,8 @@
 """Weights shared out among processes (FSDP), for models that do not fit one device; without it every function is a no-op."""
 
 import os
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pykalm.errors import UsageError
 from pykalm.launch import is_asked_for
-from pykalm.processes import count
+from pykalm.processes import count, device
 
 
 def wants_sharding() -> bool:
@@ -26,22 +26,21 @@ def wants_sharding() -> bool:
     return True
 
 
-def shard(encoder: nn.Module, *, blocks: list[nn.Module], own_methods: tuple[str, ...], device: torch.device) -> None:
-    """Share an encoder's weights out among all processes, block by block; it computes on `device` from then on.
+def shard(module: nn.Module, *, layers: Sequence[nn.Module], whole: nn.Parameter, methods: Sequence[str]) -> None:
+    """Share a module's weights out among all processes, layer by layer; it computes on their devices from then on.
 
-    The temperature stays whole in every process. Gradients are summed over the processes, not averaged.
-    own_methods: those besides forward that compute with the weights and are called by all processes alike.
+    whole: the parameter that stays as it is in every process; methods: those besides forward that compute with the
+    weights and that all processes call alike. Gradients are summed over the processes, not averaged.
     """
-    mesh = init_device_mesh(device.type, (count(),))
-    temperature = encoder.log_inverse_temperature
-    assert isinstance(temperature, nn.Parameter)
-    temperature.data = temperature.data.to(device)
-    for module in (*blocks, encoder):
-        fully_shard(module, mesh=mesh, ignored_params={temperature})
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-    for name in own_methods:
-        register_fsdp_forward_method(encoder, name)
+    mesh = init_device_mesh(device().type, (count(),))
+    whole.data = whole.data.to(device())
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, ignored_params={whole})
+        assert isinstance(part, FSDPModule)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for name in methods:
+        register_fsdp_forward_method(module, name)
 
 
 def is_sharded(module: nn.Module) -> bool:
