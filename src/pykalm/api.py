@@ -32,7 +32,7 @@ from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
-from pykalm.processes import any_of, gather, holding, join, on_main
+from pykalm.processes import any_of, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
@@ -72,7 +72,7 @@ def train(
     require_trackers(config.training.trackers)
     join(config.training.device)
     with holding(lambda: only_writer(out)):
-        chosen = resume and _has_chosen_passes(out, config)
+        chosen = resume and on_main(lambda: _has_chosen_passes(out, config))
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
@@ -210,8 +210,10 @@ def _has_chosen_passes(path: Path, config: Config) -> bool:
 def _with_passes_for(budget: int, run: Run) -> Run:
     """Choose training.chunk_tokens and training.memory_tokens for a budget of bytes, and keep them with the run."""
     training, builder = run.config.training, batch_builder(run)
-    footprint = measure_footprint(run.encoder, builder, run.graph.triples("train"), batch_size=training.batch_size)
-    fits = gather(fit_budget(footprint, budget, device=run.encoder.device))  # all processes take the same
+    with failing_together():
+        footprint = measure_footprint(run.encoder, builder, run.graph.triples("train"), batch_size=training.batch_size)
+        own = fit_budget(footprint, budget, device=run.encoder.device)
+    fits = gather(own)  # all processes take the same
     fit = Fit(*(min(getattr(one, name) for one in fits) for name in ("memory_tokens", "chunk_tokens")))
     log.warning(
         "kalm: training.memory %s: %s are taken before the first text, then %s by token; chunks of %s tokens, gradient "

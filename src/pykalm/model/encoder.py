@@ -88,7 +88,8 @@ class Encoder(nn.Module):
         if not can_choose or self.wanted_attention == "sdpa":
             return []
         if self.device.type == "cuda":
-            return [FLEX] if getattr(self.causal_lm, "_supports_flex_attn", False) else []
+            is_made_for_it = getattr(self.causal_lm, "_supports_flex_attn", False)
+            return [FLEX] if is_made_for_it and not is_sharded(self) else []  # its check asks for plain gradients
         return [MATMUL_ATTENTION] if self.device.type == "cpu" and self.wanted_attention == "auto" else []
 
     def share_weights_out(self) -> None:

@@ -11,6 +11,7 @@ from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
 from pykalm.model.pretrained import vocabulary_size
 from pykalm.model.sharding import give_back
+from pykalm.processes import any_of
 from pykalm.text.texts import Texts, TokenIds
 from pykalm.text.trie import build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
@@ -99,7 +100,8 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
         difference = _difference_from(encoder, texts, alone)
         encoder.packed = difference <= largest_allowed(encoder, noise)
         if encoder.packed and attention == FLEX:
-            encoder.packed = _learns_like(encoder, own, texts)
+            (refuses,) = any_of([not _learns_like(encoder, own, texts)])  # in any process
+            encoder.packed = not refuses
         if encoder.packed:
             return
         if attention == FLEX:
