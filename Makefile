@@ -1,5 +1,5 @@
 # Thin fronts over scripts/, for people who like make. `make test ARGUMENTS="-k trie"` passes arguments on.
-.PHONY: help demo test check breaks bench docs clean
+.PHONY: help demo test check breaks bench gpu docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -18,6 +18,9 @@ breaks:         ## every law of tests/laws must turn red when its seeded break i
 
 bench:          ## speed beside the published recipe and others, in one run; ARGUMENTS=--quick for a short form
 	@sh scripts/bench $(ARGUMENTS)
+
+gpu:            ## on an NVIDIA GPU: train WN18RR, measure it, append to docs/results.md; ARGUMENTS=--dry tries the way on a CPU
+	@sh scripts/gpu $(ARGUMENTS)
 
 docs:           ## write docs/configuration.md anew from the settings
 	@sh scripts/docs
