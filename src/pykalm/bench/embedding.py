@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from pykalm.bench.plan import Workshop, generator
+from pykalm.bench.plan import Workshop, attention, generator
 from pykalm.bench.published import last_states, pad, pad_token
 from pykalm.bench.timing import Spread, interleaved, paired_ratio
 from pykalm.model.encoder import pooled
@@ -46,7 +46,8 @@ def measure_embedding(workshop: Workshop, graph: str) -> EmbeddingSpeed:
     first = texts.select(np.arange(min(LOOP_BATCH, len(texts))))  # enough to warm up
 
     def loop(number: int, with_logits: bool) -> torch.Tensor:
-        return padded_loop(run, texts if number else first, with_logits=with_logits)
+        with attention(run.encoder, workshop.own_attention):
+            return padded_loop(run, texts if number else first, with_logits=with_logits)
 
     systems: dict[str, Callable[[int], torch.Tensor]] = {
         "kalm": lambda number: run.encoder.embed(texts if number else first),

@@ -1,5 +1,6 @@
 """What the measurements ran on, how fast its matrix products are, and how much memory something takes at its peak."""
 
+import ctypes
 import gc
 import platform
 import threading
@@ -102,9 +103,16 @@ def peak_memory(call: Callable[[], T], device: torch.device) -> Measured[T]:
         value = call()
         torch.cuda.synchronize(device)
         return Measured(torch.cuda.max_memory_allocated(device) - before, value)
+    _give_back_freed_memory()
     with _ResidentPeak() as peak:
         value = call()
     return Measured(peak.above, value)
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library return what is freed, where it can be told to: what it keeps would hide what a call takes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _ResidentPeak:

@@ -32,6 +32,9 @@ OBJECTIVE = ObjectiveSettings(completion_share=1 / 3)
 SEPARATE_CHUNK_TOKENS = 512
 """Tokens of a group of separate rows; 97 to 98 % of them are no padding (WN18RR, 256 triples; with 2048 it is 90 to 94 %)."""
 
+SEPARATE_BATCH_SHARE = 4
+"""Separate passes take batches this many times smaller, which fit the same memory; a triple costs them the same there."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,11 +71,15 @@ QUICK = Plan(graphs=("world",), repeats=2, batch_size=32, entities=128, loop_que
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """Hold the one adapted model that every system takes, and open graphs with it."""
+    """Hold the one adapted model that every system takes, and open graphs with it.
+
+    own_attention: how the model computes attention by itself, before kalm chooses another way.
+    """
 
     plan: Plan
     language_model: LanguageModel
     adapted: torch.nn.Module
+    own_attention: str
 
     @staticmethod
     def open(plan: Plan) -> "Workshop":
@@ -82,7 +89,7 @@ class Workshop:
             language_model.model, kind=ADAPTER.kind, rank=ADAPTER.rank, alpha=ADAPTER.alpha, dropout=ADAPTER.dropout,
             targets="mlp", seed=plan.seed,
         )  # fmt: skip
-        return Workshop(plan, language_model, adapted)
+        return Workshop(plan, language_model, adapted, str(language_model.model.config._attn_implementation))
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +155,17 @@ def passes(encoder: Encoder, *, packed: bool) -> Iterator[None]:
         yield
     finally:
         encoder.packed, encoder.chunk_tokens = kept
+
+
+@contextmanager
+def attention(encoder: Encoder, name: str) -> Iterator[None]:
+    """Let an encoder's model compute attention in another way for a while."""
+    kept = encoder.attention
+    encoder.use_attention(name)
+    try:
+        yield
+    finally:
+        encoder.use_attention(kept)
 
 
 def generator(seed: int, *numbers: int) -> np.random.Generator:

@@ -19,9 +19,11 @@ from pykalm.bench.machine import peak_memory
 from pykalm.bench.plan import Workshop, generator
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_ranking, pykeen_version
 from pykalm.bench.timing import Spread, Timed, interleaved, paired_ratio
-from pykalm.evaluate.ranking import FloatArray, rank
+from pykalm.evaluate.links import rank_links
+from pykalm.evaluate.ranking import FloatArray
 from pykalm.graph.graph import IntArray, KnowledgeGraph
 from pykalm.graph.known import KnownAnswers, known_answers
+from pykalm.model.index import EntityIndex
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ class RankingTask:
     keys (K,), ascending: the distinct head · 2R + relation; distinct (K, D) their vectors; query (B, D) those of the rows.
     """
 
+    graph: KnowledgeGraph
     split: str
     rows: IntArray
     keys: Tensor
@@ -60,7 +63,9 @@ class RankingTask:
         distinct = entities[torch.from_numpy(rows[first, 2])] + whole_numbers(len(keys), width, draw)
         query = distinct[torch.from_numpy(key_of)]
         known, places = known_answers(graph), torch.from_numpy(keys).to(device)
-        return RankingTask(split, rows, places, distinct.to(device), query.to(device), entities.to(device), known)
+        return RankingTask(
+            graph, split, rows, places, distinct.to(device), query.to(device), entities.to(device), known
+        )
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,9 @@ def measure_ranking(workshop: Workshop, graph: str) -> RankingSpeed:
 
 def kalm_ranks(task: RankingTask) -> FloatArray:
     """Return the realistic ranks (B,) as `kalm evaluate links` computes them."""
-    return rank(
-        task.query,
-        task.entities,
-        row_of_entity=np.arange(len(task.entities)),
-        targets=task.rows[:, 2],
-        known=task.known.lookup(task.rows[:, 0], task.rows[:, 1]),
-    ).realistic
+    index = EntityIndex(task.entities, np.arange(len(task.entities)), fingerprint="")
+    triples = task.graph.triples(task.split)
+    return np.concatenate([side.realistic for side in rank_links(task.graph, index, task.query, triples)])
 
 
 def published_ranks(task: RankingTask, sample: IntArray, known: set[tuple[int, ...]]) -> FloatArray:

@@ -18,7 +18,7 @@ from pykalm.learn.step import joint_gradient
 from pykalm.model.run import Run
 
 HOST_BATCHES = (64, 128, 256, 512, 1024, 2048)
-STEP_BATCHES = (64, 128, 256, 512)
+STEP_BATCHES = (32, 64, 128, 256)
 GRAPH_SHARES = (0.1, 0.5, 1.0)
 GRAPHS = ("wn18rr", "fb15k-237", "wordnet30-full")
 RANKED_ENTITIES = (10_000, 100_000, 1_000_000)
@@ -75,9 +75,13 @@ def _building_seconds(builder: BatchBuilder, triples: IntArray, batching: str, b
     builder.build(triples[:batch_size], generator(seed, 5))
     order = TripleOrder(triples, batch_size, seed, batching)
     ordered = time_call(lambda: order.at(0), cpu).seconds / len(triples)
-    batches = [order.at(number % order.steps_per_epoch) for number in range(BUILT_BATCHES)]
-    timed = time_call(lambda: [builder.build(batch, generator(seed, 5)) for batch in batches], cpu)
-    return ordered + timed.seconds / sum(map(len, batches))
+
+    def build_some() -> int:
+        steps = (order.at(number % order.steps_per_epoch) for number in range(1, 1 + BUILT_BATCHES))
+        return sum(builder.build(batch, generator(seed, 5)).num_triples for batch in steps)
+
+    built = time_call(build_some, cpu)
+    return ordered + built.seconds / built.value
 
 
 def _steps_by_batch(workshop: Workshop, run: Run, sizes: Sequence[int]) -> list[Scaling]:
@@ -94,7 +98,7 @@ def _steps_by_batch(workshop: Workshop, run: Run, sizes: Sequence[int]) -> list[
             workshop.device,
         )
         run.encoder.zero_grad()
-        peaks[size] = max(peaks.get(size, 0.0), measured.peak_bytes / batch.num_triples)
+        peaks[size] = measured.peak_bytes / batch.num_triples  # of the last round: the first one also loads what stays
         return batch.num_triples
 
     systems = {str(size): lambda number, size=size: step(size, number) for size in sizes}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pykalm.api import batch_builder
-from pykalm.bench.plan import BATCHINGS, Workshop, generator, passes
+from pykalm.bench.plan import BATCHINGS, SEPARATE_BATCH_SHARE, Workshop, attention, generator, passes
 from pykalm.bench.published import PublishedRecipe, draw_step
 from pykalm.bench.timing import Spread, Timed, interleaved, paired_ratio, time_call
 from pykalm.graph.graph import IntArray
@@ -98,9 +98,11 @@ class KalmSystem:
 
     @staticmethod
     def build(run: Run, batching: str, *, packed: bool) -> "KalmSystem":
-        """Prepare a system: the first order of the triples is timed, for it is spread over an epoch's steps."""
-        config = run.config
-        order = TripleOrder(run.graph.triples("train"), config.training.batch_size, config.seed, batching)
+        """Prepare a system: the first look at an order is timed, and what it costs is spread over an epoch's steps."""
+        size = (
+            run.config.training.batch_size if packed else max(1, run.config.training.batch_size // SEPARATE_BATCH_SHARE)
+        )
+        order = TripleOrder(run.graph.triples("train"), size, run.config.seed, batching)
         ordered = time_call(lambda: order.at(0), torch.device("cpu"))
         return KalmSystem(
             run.encoder, batch_builder(run), order, run, new_optimizer(run.encoder),
@@ -114,7 +116,9 @@ class KalmSystem:
         with passes(encoder, packed=self.packed):
             built = time_call(lambda: self._batch(number), torch.device("cpu"))
             batch = built.value
-            joint_gradient(encoder, batch, self.run.config.objective, memory_tokens=batch.trie.num_nodes)
+            joint_gradient(
+                encoder, batch, self.run.config.objective, memory_tokens=self.run.config.training.memory_tokens
+            )
         update(encoder, self.optimizer)
         lengths = batch.trie.row_lengths
         return Work(
@@ -138,12 +142,14 @@ class PublishedSystem:
     directed: IntArray
     optimizer: torch.optim.Optimizer
     seed: int
+    attention: str
 
     def __call__(self, number: int) -> Work:
         """Take the step of that number."""
         self.recipe.encoder.train()
         directed, completed = draw_step(self.directed, generator(self.seed, number, 2))
-        step = self.recipe.gradient(directed, completed)
+        with attention(self.recipe.encoder, self.attention):
+            step = self.recipe.gradient(directed, completed)
         update(self.recipe.encoder, self.optimizer)
         return Work(len(directed) / 2, step.num_tokens, step.num_real_tokens)
 
@@ -161,17 +167,22 @@ def measure_training(workshop: Workshop, graph: str) -> GraphTraining:
 
 
 def published_systems(workshop: Workshop, run: Run, graph: str) -> dict[str, PublishedSystem]:
-    """Return the published recipe as it is, and without the passes and logits that it never uses."""
-    directed, optimizer = run.graph.both_directions("train"), new_optimizer(run.encoder)
-    words = workshop.published_words(graph)
+    """Return the published recipe as it is, with the model's own attention, and as a stronger baseline.
+
+    That is without the passes and logits that it never uses, and with the attention that kalm has chosen.
+    """
+    directed, optimizer, words = (
+        run.graph.both_directions("train"),
+        new_optimizer(run.encoder),
+        workshop.published_words(graph),
+    )
+    attentions = {PUBLISHED: workshop.own_attention, LEAN: run.encoder.attention}
+    recipes = {
+        name: PublishedRecipe(run.encoder, words, run.config.objective, skip_unused=name == LEAN) for name in attentions
+    }
     return {
-        name: PublishedSystem(
-            PublishedRecipe(run.encoder, words, run.config.objective, skip_unused=name == LEAN),
-            directed,
-            optimizer,
-            run.config.seed,
-        )
-        for name in (PUBLISHED, LEAN)
+        name: PublishedSystem(recipe, directed, optimizer, run.config.seed, attentions[name])
+        for name, recipe in recipes.items()
     }
 
 
