@@ -85,4 +85,6 @@ def _model(graph: KnowledgeGraph, keys: Tensor, query: Tensor, entities: Tensor)
     factory = CoreTriplesFactory.create(
         torch.from_numpy(graph.triples("train")), num_entities=graph.num_entities, num_relations=graph.num_relations
     )
-    return VectorModel(triples_factory=factory, loss="marginranking", random_seed=0)
+    model = VectorModel(triples_factory=factory, loss="marginranking", random_seed=0)
+    model.register_buffer("entities", entities)  # PyKEEN computes where a model's buffers are
+    return model
