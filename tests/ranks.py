@@ -3,8 +3,9 @@
 import contextlib
 import datetime
 import multiprocessing
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ PROCESSES.set_forkserver_preload(["tests.laws.common", "pykalm.api", "accelerate
 SECONDS = 120
 
 
-def run_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    count: int, work: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> list[Any]:
     """Return what `work(*arguments)`, a function of a module, returns in each of some processes; tensors as they are.
 
-    An error in one of them is raised here, and so is one that never ends.
+    environment: what a launcher would set besides the number of each. An error in one of them is raised here, and so is
+    one that never ends.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workers = [
-            PROCESSES.Process(target=_work, args=(folder, rank, count, work, arguments), daemon=True)
+            PROCESSES.Process(target=_work, args=(folder, rank, count, work, arguments, environment or {}), daemon=True)
             for rank in range(count)
         ]
         for worker in workers:
@@ -41,8 +45,12 @@ def run_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any
     return [result["value"] for result in results]
 
 
-def _work(folder: Path, rank: int, count: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(
+    folder: Path, rank: int, count: int, work: Callable[..., Any], arguments: tuple[Any, ...],
+    environment: Mapping[str, str],
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), **environment})
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'meeting'}",

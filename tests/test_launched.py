@@ -1,53 +1,76 @@
-"""Two processes of a launcher train, go on, measure and fail as one does; on the CPU, on a tiny graph and model."""
+"""Two processes train, go on, measure and fail as one does, on the CPU, on a tiny graph and model; some by a launcher."""
 
-import json
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pykalm import api, cli
+from pykalm.learn.train import StepReport
 from tests.learn.workshop import SETTINGS, as_options, timeless_metrics, write_graph
+from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.slow
 
 STEPS = {**SETTINGS, "adapter.dropout": 0, "training.max_steps": 6, "training.epochs": 9, "training.evaluate_every": 3}
-LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1", "--mixed_precision=no",
-          "--dynamo_backend=no", "--num_processes=2"]  # fmt: skip
+PLAIN: dict[str, str] = {}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # On a machine without a GPU --multi_gpu only means that there are many processes.
-PLAIN, SHARDED = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version=2"]
+LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+          "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a graph, a model, and a run of one process."""
+    """Return a folder with a graph, a model whose output head is its embedding, and runs of one process."""
     folder = tmp_path_factory.mktemp("launched")
     write_graph(folder / "graph")
     save_tiny_model(folder / "model", tie_word_embeddings=True)
-    ended = kalm(None, *train_into(folder, "one"))
-    assert ended.returncode == 0, ended.stderr
+    for kind in ("lora", "full"):
+        train(folder, folder / kind, kind=kind)
     return folder
 
 
-def train_into(folder: Path, name: str, **changes: Any) -> list[str]:
-    settings = STEPS | {key.replace("__", "."): value for key, value in changes.items()}
-    return ["train", "--graph", str(folder / "graph"), "--model", str(folder / "model"), "--out", str(folder / name),
-            *as_options(settings)]  # fmt: skip
+def train(folder: Path, out: Path, *, kind: str = "lora", resume: bool = False, stop_after: int | None = None) -> None:
+    """Train on the graph of a folder; with stop_after, as if Ctrl-C came in the main process after that step."""
+
+    def watch(report: StepReport) -> None:
+        if report.step == stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+    if resume:
+        api.train(out=out, resume=True, watch=watch)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        api.train(
+            folder / "graph", out=out, model=folder / "model", settings={**STEPS, "adapter.kind": kind}, watch=watch
+        )
 
 
-def command(launch: list[str] | None, *arguments: str) -> list[str]:
-    port = f"--main_process_port={20000 + os.getpid() % 20000}"
-    return [sys.executable, *([*LAUNCH, port, *launch] if launch else []), "-m", "pykalm", *arguments]
+def train_in(launch: dict[str, str] | None, *given: Any, **options: Any) -> None:
+    """Train in one process, or in two with what their launcher sets."""
+    if launch is None:
+        train(*given, **options)
+    else:
+        run_ranks(2, _train, given, options, environment=launch)
 
 
-def kalm(launch: list[str] | None, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `kalm` in one process, or in two of a launcher."""
-    return subprocess.run(command(launch, *arguments), capture_output=True, text=True, check=False, timeout=300)
+def _train(given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    train(*given, **options)
+
+
+def kalm(arguments: list[str]) -> tuple[int, str, str]:
+    """Return exit code, output and messages of a command in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as messages:
+        code = cli.main(arguments)
+    return code, out.getvalue(), messages.getvalue()
 
 
 def require_close(found: Path, wanted: Path) -> None:
@@ -55,63 +78,63 @@ def require_close(found: Path, wanted: Path) -> None:
     lines, expected = timeless_metrics(found), timeless_metrics(wanted)
     assert len(lines) == len(expected) == 6
     for line, other in zip(lines, expected, strict=True):
+        assert line.keys() == other.keys()
+        assert (line.pop("valid_mrr") is None) == (other.pop("valid_mrr") is None)
         assert line == pytest.approx(other, rel=2e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("launch", [PLAIN, SHARDED], ids=["plain", "sharded"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_train_as_one(made: Path, launch: dict[str, str], kind: str, tmp_path: Path) -> None:
+    train_in(launch, made, tmp_path / "run", kind=kind)
+    require_close(tmp_path / "run", made / kind)
+    names = {file.name: file.stat().st_size for file in (made / kind / "adapter").iterdir()}
+    assert {file.name: file.stat().st_size for file in (tmp_path / "run" / "adapter").iterdir()}.keys() == names.keys()
+    api.load_run(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
-    ("name", "launch", "kind"),
-    [("two", PLAIN, "lora"), ("sharded", SHARDED, "lora"), ("full", None, "full"), ("sharded-full", SHARDED, "full")],
+    ("first", "then"),
+    [(PLAIN, None), (None, PLAIN), (SHARDED, None), (None, SHARDED)],
+    ids=["two, then one", "one, then two", "sharded, then one", "one, then sharded"],
 )
-def test_two_processes_train_as_one(made: Path, name: str, launch: list[str] | None, kind: str) -> None:
-    ended = kalm(launch, *train_into(made, name, adapter__kind=kind))
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("The run is in") == 1
-    require_close(made / name, made / ("full" if kind == "full" else "one"))
-
-
-@pytest.mark.parametrize(("first", "then"), [(PLAIN, None), (None, PLAIN), (SHARDED, None), (None, SHARDED)])
 def test_a_run_goes_on_with_another_number_of_processes(
-    made: Path, first: list[str] | None, then: list[str] | None, tmp_path: Path
+    made: Path, first: dict[str, str] | None, then: dict[str, str] | None, tmp_path: Path
 ) -> None:
-    """Stopped by a kill after three of its six steps, where it has saved."""
-    name = str(tmp_path / "run")
-    process = subprocess.Popen(
-        command(first, *train_into(made, name)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not (Path(name) / "metrics.jsonl").is_file():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    ended = kalm(then, "train", "--out", name, "--resume")
-    assert ended.returncode == 0, ended.stderr
-    require_close(Path(name), made / "one")
+    train_in(first, made, tmp_path / "run", stop_after=3)
+    assert 3 <= len(timeless_metrics(tmp_path / "run")) < 6
+    train_in(then, made, tmp_path / "run", resume=True)
+    require_close(tmp_path / "run", made / "lora")
 
 
-@pytest.mark.parametrize("launch", [PLAIN, SHARDED])
-def test_two_processes_find_the_ranks_of_one(made: Path, launch: list[str], tmp_path: Path) -> None:
-    """Chunks of queries smaller than the questions, so that both processes rank; same bits, so same file."""
-    printed = []
-    for how in (None, launch):
+@pytest.mark.parametrize("launch", [PLAIN, SHARDED], ids=["plain", "sharded"])
+def test_two_processes_find_the_ranks_of_one(made: Path, launch: dict[str, str], tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
         for old in ("index", "results"):
-            for file in (made / "one" / old).glob("*"):
+            for file in (made / "lora" / old).glob("*"):
                 file.unlink()
-        ended = kalm(how, "evaluate", "links", str(made / "one"), "--json")
-        assert ended.returncode == 0, ended.stderr
-        printed.append((json.loads(ended.stdout), (made / "one" / "results" / "links.ranks.tsv").read_bytes()))
-    assert printed[0] == printed[1]
+        arguments = ["evaluate", "links", str(made / "lora"), "--json"]
+        (code, out, _), *others = [kalm(arguments)] if count == 1 else run_ranks(2, kalm, arguments, environment=launch)
+        assert code == 0
+        assert all(other == (0, "", "") for other in others)
+        found.append((out, (made / "lora" / "results" / "links.ranks.tsv").read_bytes()))
+    assert found[0] == found[1]
 
 
 def test_a_folder_that_holds_a_run_is_refused_once(made: Path) -> None:
-    ended = kalm(PLAIN, *train_into(made, "one"))
-    assert ended.returncode == 1
-    assert ended.stderr.count("wanted a new folder for the run") == 1
-    assert "pykalm/" not in ended.stderr  # no traceback of ours; the launcher adds its own report
+    arguments = ["train", "--graph", str(made / "graph"), "--model", str(made / "model"), "--out", str(made / "lora")]
+    ended = run_ranks(2, kalm, [*arguments, *as_options(STEPS)])
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert sorted(messages.count("wanted a new folder for the run") for _, _, messages in ended) == [0, 1]
+    assert "Traceback" not in "".join(messages for _, _, messages in ended)
 
 
-def test_wrong_settings_are_refused_once(made: Path) -> None:
-    ended = kalm(PLAIN, *train_into(made, "never", training__epochs=0))
-    assert ended.returncode == 1  # the launcher's; kalm's is 2
-    assert ended.stderr.count("training.epochs") == 1
+def test_a_launcher_starts_two_that_train_as_one(made: Path, tmp_path: Path) -> None:
+    ended = launched(["-m", "pykalm"], made, tmp_path / "run")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("The run is in") == 1
+    require_close(tmp_path / "run", made / "lora")
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(made: Path, tmp_path: Path) -> None:
@@ -132,11 +155,17 @@ def test_an_error_of_one_process_ends_all_with_its_message(made: Path, tmp_path:
         "sys.exit(cli.main())\n",
         encoding="utf-8",
     )
-    line = command(PLAIN, *train_into(made, "broken"))
-    at = line.index("pykalm")
-    ended = subprocess.run(
-        [*line[: at - 1], str(script), *line[at + 1 :]], capture_output=True, text=True, check=False, timeout=300
-    )
+    ended = launched([str(script)], made, tmp_path / "broken")
     assert ended.returncode == 1
     assert ended.stderr.count("kalm: ") == 1
     assert "kalm: out of memory" in ended.stderr
+
+
+def launched(program: list[str], made: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Let accelerate start two processes of a training."""
+    port = f"--main_process_port={20000 + os.getpid() % 20000}"
+    arguments = ["train", "--graph", str(made / "graph"), "--model", str(made / "model"), "--out", str(out)]
+    return subprocess.run(
+        [sys.executable, *LAUNCH, port, *program, *arguments, *as_options(STEPS)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
