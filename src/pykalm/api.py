@@ -77,7 +77,7 @@ def train(
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
         if config.training.compile:
-            compile_layers(run.encoder.causal_lm)
+            compile_layers(run.encoder.causal_lm, run.encoder.compute_dtype)
         _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
 

@@ -10,7 +10,7 @@ from pykalm.errors import ModelError
 from pykalm.model import layers
 from pykalm.model.dropout import Dropout
 from pykalm.model.layers import compile_layers, find_layers
-from pykalm.model.matmul_attention import matmul_attention
+from pykalm.model.matmul_attention import NAME, matmul_attention
 from pykalm.text.trie import row_group
 from tests.laws.common import build_batch, gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import FAMILIES, tiny_model
@@ -37,6 +37,7 @@ def test_dropout_is_a_function_of_the_seed_and_nothing_in_evaluation() -> None:
     assert not torch.equal(first, second)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0).train()(x), x)
+    assert torch.isfinite(Dropout(1 - 1e-9).train()(x)).all(), "one in 65,536 is the least that is kept"
 
 
 def test_attention_by_products_equals_the_fused_kernel_with_grouped_heads_and_a_mask() -> None:
@@ -51,6 +52,18 @@ def test_attention_by_products_equals_the_fused_kernel_with_grouped_heads_and_a_
     repeated = (part.repeat_interleave(2, dim=1) for part in (key, value))
     wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=sees, scale=0.3)
     assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
+
+
+def test_attention_by_products_stays_finite_where_padding_at_the_left_sees_nothing() -> None:
+    """Float32 weights computed in bfloat16: the mask that transformers makes is float32, and its least number is none there."""
+    model = tiny_model("llama").eval()
+    texts, real = torch.arange(16).reshape(2, 8) + 3, torch.ones(2, 8, dtype=torch.long)
+    real[0, :3] = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(input_ids=texts, attention_mask=real).logits
+        model.set_attn_implementation(NAME)
+        found = model(input_ids=texts, attention_mask=real).logits
+    assert torch.allclose(found[real == 1], wanted[real == 1], atol=0.1)
 
 
 def test_attention_by_products_refuses_what_it_does_not_compute() -> None:
@@ -72,7 +85,7 @@ def test_compiled_layers_give_the_same_gradients() -> None:
     encoder = tiny_encoder(row_tokens=48).train()
     batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
     plain_loss, plain = gradients(encoder, batch)
-    compile_layers(encoder.causal_lm)
+    compile_layers(encoder.causal_lm, torch.float32)
     loss, compiled = gradients(encoder, batch)
     assert abs(loss.total - plain_loss.total) < 1e-5
     assert largest_difference(compiled, plain) < 1e-4
@@ -89,4 +102,10 @@ def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.Mo
     with pytest.raises(
         ModelError, match=r"training\.compile: wanted to compile.*no working C\+\+.*training\.compile=false"
     ):
-        compile_layers(encoder.causal_lm)
+        compile_layers(encoder.causal_lm, torch.float32)
+
+
+def test_compilation_is_tried_in_the_precision_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters are float32 beside weights in bfloat16: outside autocast they do not go together."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    compile_layers(tiny_encoder(precision="bf16").causal_lm, torch.bfloat16)

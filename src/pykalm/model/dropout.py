@@ -23,7 +23,7 @@ class Dropout(nn.Module):
         """Return x with some elements 0 and the others divided by the share that is kept."""
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        dropped = round(self.p * LEVELS)
+        dropped = min(round(self.p * LEVELS), LEVELS - 1)
         factors = torch.empty(x.shape, dtype=x.dtype)
         torch.ge(_random_bits(x.numel()).view(x.shape), dropped - LEVELS // 2, out=factors)
         return x * factors.mul_(LEVELS / (LEVELS - dropped))

@@ -18,17 +18,18 @@ def find_layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, stack
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, dtype: torch.dtype) -> None:
     """Let torch.compile fuse the work of each layer, for rows of any number and length, and try it on three tokens.
 
-    Layers are alike, so one is compiled for all. Raises ModelError where this machine cannot compile.
+    dtype: that of the computation. Layers are alike, so one is compiled for all. Raises ModelError where this machine
+    cannot compile.
     """
     for _, stack in find_layers(model):
         for layer in stack:
             layer.compile(dynamic=True)
     device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             model.base_model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]

@@ -44,7 +44,10 @@ def matmul_attention(
     scores = torch.bmm((query * scale).reshape(rows * groups, longer, width), keys.transpose(1, 2))
     scores = scores.view(rows, heads, length, -1)
     if attention_mask is not None:
-        scores = scores.add_(attention_mask)
+        # A wider mask, as of float32 weights under autocast, makes wider scores: rounded, its least number were -inf, and
+        # what sees nothing, as padding at the left, NaN.
+        fits = attention_mask.dtype == scores.dtype
+        scores = scores.add_(attention_mask) if fits else scores + attention_mask
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     mixed = torch.bmm(weights.view(rows * groups, longer, -1), values)
