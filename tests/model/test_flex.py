@@ -164,6 +164,17 @@ def test_the_start_check_leaves_flex_attention_that_learns_otherwise() -> None:
     assert (encoder.attention, encoder.packed) == ("sdpa", True)
 
 
+def test_the_start_check_leaves_flex_attention_to_models_whose_attention_has_dropout() -> None:
+    """FlexAttention refuses it, in train mode only: found at the first step it would be the end of the training."""
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+    for module in encoder.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with flex_without_compiling(), offered(encoder):
+        choose_passes(encoder, verbalizer)
+    assert (encoder.attention, encoder.packed, encoder.training) == ("sdpa", True, False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_on_a_gpu_are_those_of_sdpa(family: str) -> None:

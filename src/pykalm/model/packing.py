@@ -13,7 +13,7 @@ from pykalm.model.pretrained import vocabulary_size
 from pykalm.model.sharding import give_back
 from pykalm.processes import any_of
 from pykalm.text.texts import Texts, TokenIds
-from pykalm.text.trie import build_trie, row_group
+from pykalm.text.trie import RowGroup, build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tenso
 
 
 def _learns_like(encoder: Encoder, own: str, texts: list[TokenIds]) -> bool:
-    """Return whether the attention in use gives the learned weights the gradient that another gives them."""
+    """Return whether the attention in use can train, and gives the learned weights the gradient that another gives them."""
     trie = build_trie(texts, row_tokens=encoder.row_tokens)
     group, used = row_group(trie, trie.chunks(1)[0]), encoder.attention
     learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
@@ -141,6 +141,7 @@ def _learns_like(encoder: Encoder, own: str, texts: list[TokenIds]) -> bool:
             weights = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states)
             found = torch.autograd.grad((states.float() * weights).sum(), learned, allow_unused=True)
             gradients.append(torch.cat([part.float().flatten() for part in found if part is not None]))
+        _pass_in_training(encoder, group)
     except REFUSALS[True] as error:
         if is_out_of_memory(error):
             raise
@@ -148,6 +149,17 @@ def _learns_like(encoder: Encoder, own: str, texts: list[TokenIds]) -> bool:
         return False
     wanted, found_instead = gradients
     return float((found_instead - wanted).norm()) <= GRADIENT_TOLERANCE[encoder.compute_dtype] * float(wanted.norm())
+
+
+@torch.no_grad()
+def _pass_in_training(encoder: Encoder, group: RowGroup) -> None:
+    """Raise what a model raises in train mode only, as where its attention has dropout, which FlexAttention has not."""
+    was_training, cuda = encoder.training, [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            encoder.train()(group, shared=True)
+        finally:
+            encoder.train(was_training)
 
 
 @torch.no_grad()
