@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from pykalm import api, cli
 from pykalm.learn.train import StepReport
+from pykalm.model import run as run_module
+from pykalm.processes import rank
 from tests.learn.workshop import SETTINGS, as_options, timeless_metrics, write_graph
 from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny_model
@@ -120,6 +123,23 @@ def test_two_processes_find_the_ranks_of_one(made: Path, launch: dict[str, str],
         assert all(other == (0, "", "") for other in others)
         found.append((out, (made / "lora" / "results" / "links.ranks.tsv").read_bytes()))
     assert found[0] == found[1]
+
+
+def _opened_while_it_is_replaced(run: Path) -> tuple[int, str]:
+    """Open a run that a training seems to replace once, under the eyes of the second process alone."""
+    right, looks = run_module.read_alignment, []
+
+    def changing(path: Path) -> dict[str, Any]:
+        looks.append(path)
+        return right(path) | ({"step": -1} if rank() == 1 and len(looks) == 3 else {})
+
+    with mock.patch.object(run_module, "read_alignment", changing):
+        fingerprint = api.load_run(run).encoder.fingerprint()
+    return len(looks), fingerprint
+
+
+def test_processes_look_again_together_where_one_finds_a_run_replaced(made: Path) -> None:
+    assert len(set(run_ranks(2, _opened_while_it_is_replaced, made / "lora"))) == 1
 
 
 def test_a_folder_that_holds_a_run_is_refused_once(made: Path) -> None:

@@ -30,7 +30,7 @@ from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.model.sharding import wants_sharding
 from pykalm.processes import device as process_device
-from pykalm.processes import join, on_main
+from pykalm.processes import gather, join, on_main
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
@@ -201,19 +201,24 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
 def _load_aligned(
     path: Path, config: Config, device: str | None
 ) -> tuple[LanguageModel, torch.nn.Module, dict[str, Any]]:
-    """Return base model, adapted model and alignment.json, both of one save: a training may replace them meanwhile."""
+    """Return base model, adapted model and alignment.json, both of one save: a training may replace them meanwhile.
+
+    All processes take the same save, or look again together.
+    """
     for _ in range(READ_ATTEMPTS):
         language_model = load_base(config, device=device)
         alignment = read_alignment(path)
         require_same(f"{path}: base model {config.model!r}", alignment["model_fingerprint"], language_model.fingerprint)
+        model: torch.nn.Module | None = None
         try:
             model = load_adapter(language_model.model, standing_folder(path / "adapter"), trainable=True)
         except ModelError:
             if read_alignment(path) == alignment:
                 raise
-        else:
-            if read_alignment(path) == alignment:
-                return language_model, model, alignment
+        stayed = model is not None and read_alignment(path) == alignment
+        found = gather(alignment if stayed else None)
+        if model is not None and all(other == alignment for other in found):
+            return language_model, model, alignment
     raise RunError(
         f"{path}: wanted weights that stay while they are read, found that a training replaced them {READ_ATTEMPTS} times. "
         "Try again, or wait for its end."
