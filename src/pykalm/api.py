@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pykalm.config import Config, TextSettings
-from pykalm.errors import KalmError, RunError
+from pykalm.errors import KalmError, RunError, TrainingError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
@@ -26,7 +26,7 @@ from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
 from pykalm.learn.state import STATE_FILE
 from pykalm.learn.tracking import require_trackers
 from pykalm.learn.train import StepReport, Trainer
-from pykalm.memory import format_size
+from pykalm.memory import explained_memory, format_size
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
@@ -43,6 +43,10 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+MEASURING_REMEDY = (
+    "Three rows were tried, to see what a token takes: lower training.row_tokens, or take a smaller model or another device."
+)
 
 
 def train(
@@ -210,7 +214,7 @@ def _has_chosen_passes(path: Path, config: Config) -> bool:
 def _with_passes_for(budget: int, run: Run) -> Run:
     """Choose training.chunk_tokens and training.memory_tokens for a budget of bytes, and keep them with the run."""
     training, builder = run.config.training, batch_builder(run)
-    with failing_together():
+    with failing_together(), explained_memory(MEASURING_REMEDY, kind=TrainingError):
         footprint = measure_footprint(run.encoder, builder, run.graph.triples("train"), batch_size=training.batch_size)
         own = fit_budget(footprint, budget, device=run.encoder.device)
     fits = gather(own)  # all processes take the same

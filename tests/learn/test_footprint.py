@@ -176,6 +176,15 @@ def test_a_budget_below_what_is_there_is_refused(train: Train) -> None:
         train(**{"training.memory": "1MB"})
 
 
+def test_running_out_of_memory_while_measuring_is_explained(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Footprint:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(api, "measure_footprint", refuse)
+    with pytest.raises(TrainingError, match=r"out of memory: .*2 GiB\. .*lower training\.row_tokens"):
+        train(**{"training.memory": "3GB"})
+
+
 def _train_and_report(arguments: list[str], report: str) -> None:
     import resource
 
