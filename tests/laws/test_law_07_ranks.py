@@ -147,6 +147,15 @@ def test_targets_of_one_query_are_ranked_as_if_each_asked_by_itself() -> None:
         assert columns(found) == expected
 
 
+def test_a_query_that_no_target_asks_is_left_out() -> None:
+    query, distinct, row_of_entity, targets, known = random_case(8, num_queries=6, num_entities=20)
+    found = rank(
+        query, distinct, row_of_entity=row_of_entity, targets=targets[4:], known=known,
+        query_of_target=np.array([4, 5]), chunk_queries=1,
+    )  # fmt: skip
+    assert columns(found) == brute_force((query, distinct, row_of_entity, targets, known))[4:]
+
+
 def test_narrow_vectors_are_ranked_by_their_float32_scores() -> None:
     # Whole numbers are the same in float16; the queries stay float32.
     query, distinct, *rest = random_case(5, num_queries=20, num_entities=50)

@@ -104,6 +104,8 @@ def rank(
     with exact_float32(), failing_together():
         for chunk in own_part(even_slices(len(query), chunk_queries)):
             chosen = order[first_target[chunk.start] : first_target[chunk.stop]]
+            if not len(chosen):
+                continue
             first, last = offsets[chunk.start], offsets[chunk.stop]
             counts[:, chosen] = count_targets(
                 query[chunk].to(place).float(),
