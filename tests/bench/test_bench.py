@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -10,9 +11,17 @@ from rich.console import Console
 from pykalm import cli
 from pykalm.bench import machine, scaling
 from pykalm.bench.bench import plain
+from pykalm.bench.plan import Plan, Workshop, passes
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
 from pykalm.bench.table import bench_table
 from pykalm.bench.timing import Spread
+from pykalm.model import run as run_module
+from pykalm.model.attention import FLEX
+from pykalm.model.encoder import Encoder
+from pykalm.model.matmul_attention import NAME
+from pykalm.model.packing import choose_passes
+from pykalm.text.verbalize import Verbalizer
+from tests.laws.common import tiny_encoder
 from tests.learn.workshop import write_graph
 from tests.tiny_models import save_tiny_model
 
@@ -98,6 +107,29 @@ def test_a_spread_becomes_its_median_with_the_range_beside_it() -> None:
     assert plain({"speed": Spread(2.0, 1.0, 3.0), "graph": "people"}) == {
         "speed": 2.0, "graph": "people", "spread": {"speed": [1.0, 3.0]},
     }  # fmt: skip
+
+
+def test_separate_passes_never_take_flex_attention_and_leave_the_encoder_as_it_was() -> None:
+    encoder = tiny_encoder()
+    encoder.use_attention(FLEX)
+    with passes(encoder, packed=False):
+        assert (encoder.attention, encoder.packed, encoder.chunk_tokens) == ("sdpa", False, 256)
+    assert (encoder.attention, encoder.packed) == (FLEX, True)
+
+
+def test_every_run_is_checked_against_the_models_own_attention(tmp_path: Path) -> None:
+    """Two runs share a model: what the first has chosen must not be what the second is compared with."""
+    graph, model = write_graph(tmp_path / "people"), save_tiny_model(tmp_path / "model")
+    workshop, seen = Workshop.open(Plan(model=str(model), graphs=(str(graph),), device="cpu")), []
+
+    def check(encoder: Encoder, verbalizer: Verbalizer) -> None:
+        seen.append(encoder.attention)
+        choose_passes(encoder, verbalizer)
+
+    with mock.patch.object(run_module, "choose_passes", check):
+        chosen = [workshop.run(str(graph)).encoder.attention for _ in range(2)]
+    assert seen == ["sdpa", "sdpa"]
+    assert chosen == [NAME, NAME]
 
 
 def test_an_unknown_measurement_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

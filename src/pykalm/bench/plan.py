@@ -15,6 +15,7 @@ from pykalm.errors import UsageError
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.model.adapters import add_adapter
+from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, resolve_device
 from pykalm.model.run import Run, build_run, load_base
@@ -118,6 +119,8 @@ class Workshop:
 
     def run(self, graph: str) -> Run:
         """Return what `kalm train` would train, with the shared model; nothing is written."""
+        # Another run may have left its choice there; the start check compares with what the model itself does.
+        self.language_model.model.set_attn_implementation(self.own_attention)
         config = _config(self.plan, graph, self.batch_size)
         return build_run(
             Path("bench"), config, self.graph(graph), self.language_model, temperature=config.objective.temperature,
@@ -148,13 +151,24 @@ def passes(encoder: Encoder, *, packed: bool) -> Iterator[None]:
 
     Separate rows are of many lengths and are padded to the longest of their group, so their groups are small.
     """
-    kept = encoder.packed, encoder.chunk_tokens
-    if not packed:
-        encoder.packed, encoder.chunk_tokens = False, min(SEPARATE_CHUNK_TOKENS, encoder.chunk_tokens)
-    try:
+    if packed:
         yield
+        return
+    kept = encoder.packed, encoder.chunk_tokens
+    encoder.packed, encoder.chunk_tokens = False, min(SEPARATE_CHUNK_TOKENS, encoder.chunk_tokens)
+    try:
+        with attention(encoder, separate_attention(encoder)):
+            yield
     finally:
         encoder.packed, encoder.chunk_tokens = kept
+
+
+def separate_attention(encoder: Encoder) -> str:
+    """Return the best attention for texts without a trie: what the encoder takes, but where that is FlexAttention.
+
+    It would be given the blocks of a new mask at every pass, where SDPA needs none; kalm takes it in place of SDPA only.
+    """
+    return "sdpa" if encoder.attention == FLEX else encoder.attention
 
 
 @contextmanager

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from pykalm.api import batch_builder
-from pykalm.bench.plan import BATCHINGS, SEPARATE_BATCH_SHARE, Workshop, attention, generator, passes
+from pykalm.bench.plan import (
+    BATCHINGS,
+    SEPARATE_BATCH_SHARE,
+    Workshop,
+    attention,
+    generator,
+    passes,
+    separate_attention,
+)
 from pykalm.bench.published import PublishedRecipe, draw_step
 from pykalm.bench.timing import Spread, Timed, interleaved, paired_ratio, time_call
 from pykalm.graph.graph import IntArray
@@ -169,14 +177,14 @@ def measure_training(workshop: Workshop, graph: str) -> GraphTraining:
 def published_systems(workshop: Workshop, run: Run, graph: str) -> dict[str, PublishedSystem]:
     """Return the published recipe as it is, with the model's own attention, and as a stronger baseline.
 
-    That is without the passes and logits that it never uses, and with the attention that kalm has chosen.
+    That is without the passes and logits that it never uses, and on a CPU with the attention that kalm has chosen.
     """
     directed, optimizer, words = (
         run.graph.both_directions("train"),
         new_optimizer(run.encoder),
         workshop.published_words(graph),
     )
-    attentions = {PUBLISHED: workshop.own_attention, LEAN: run.encoder.attention}
+    attentions = {PUBLISHED: workshop.own_attention, LEAN: separate_attention(run.encoder)}
     recipes = {
         name: PublishedRecipe(run.encoder, words, run.config.objective, skip_unused=name == LEAN) for name in attentions
     }
