@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pykalm.bench.flops import distinct_nodes, model_cost, useful_flops
 from pykalm.model.adapters import add_adapter
+from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
 from pykalm.text.trie import build_trie
 from tests.laws.common import build_batch, tiny_encoder, tiny_graph, tiny_verbalizer
@@ -37,6 +38,15 @@ def test_the_count_is_pytorchs_but_for_unseen_tokens(family: str, targets: str) 
     square = LENGTH * LENGTH
     assert forward.get_total_flops() == LENGTH * cost.token_forward + square * cost.seen_forward
     assert backward.get_total_flops() == LENGTH * cost.token_backward + square * cost.seen_backward
+
+
+def test_the_count_does_not_depend_on_the_attention_in_use() -> None:
+    """FlexAttention has no gradient on a CPU, and is made for longer rows than the two tokens of the count."""
+    encoder = tiny_encoder()
+    wanted = model_cost(encoder)
+    encoder.use_attention(FLEX)
+    assert model_cost(encoder) == wanted
+    assert encoder.attention == FLEX
 
 
 def test_the_logits_are_counted_at_positions_with_loss_only() -> None:
