@@ -110,7 +110,9 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
     candidates = min(queries, builder.graph.num_entities)
     was_training = encoder.training
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance("force_eager"):
+    # What is compiled hides its tensors from the count on a CPU; a GPU counts by itself, and FlexAttention needs it there.
+    stance = "default" if cuda else "force_eager"
+    with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance(stance):
         try:
             encoder.train()
             per_token, beside = _bytes_of_a_pass(encoder, trie)
