@@ -29,8 +29,9 @@ from pykalm.model.encoder import Encoder
 from pykalm.processes import any_of, gather, is_main, on_main, rank
 
 MEMORY_REMEDY = (
-    "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens, or give "
-    "--memory, or less of it; the last save is whole: go on with --resume --set training.memory_tokens=..."
+    "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens, or give --memory, "
+    "which decides both: less of it where the run has one. The last save is whole: go on with --resume --set "
+    "training.memory_tokens=..., or with --resume --memory ..."
 )
 
 
