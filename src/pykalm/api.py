@@ -44,9 +44,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MEASURING_REMEDY = (
-    "Three rows were tried, to see what a token takes: lower training.row_tokens, or take a smaller model or another device."
-)
+MEASURING_REMEDY = "Three rows were tried for what a token takes: lower training.row_tokens, or take a smaller model."
 
 
 def train(
