@@ -33,6 +33,13 @@ def test_a_model_without_such_a_mask_takes_separate_passes_and_says_so(
     assert ("separate passes" in caplog.text) == (not shared)
 
 
+def test_rounding_is_measured_where_a_pass_holds_one_text_only() -> None:
+    """Read alone twice, nothing would be rounded, and bfloat16 would be taken for a wrong mask."""
+    encoder = tiny_encoder(precision="bf16", row_tokens=48, chunk_tokens=64)
+    packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+    assert encoder.packed
+
+
 def test_embedding_reports_how_far_it_is_and_keeps_the_mode_and_order() -> None:
     encoder, verbalizer = tiny_encoder(row_tokens=16, chunk_tokens=32), tiny_verbalizer(tiny_graph())
     texts = verbalizer.candidates(torch.arange(6).numpy())

@@ -52,7 +52,8 @@ def _read_packed(encoder: Encoder, texts: list[TokenIds]) -> torch.Tensor:
 
 def _read_alone(encoder: Encoder, texts: list[TokenIds]) -> tuple[torch.Tensor, float]:
     """Embed every text alone; return the vectors, and how far rounding moves one when it is read in a padded group."""
-    ways = (encoder.chunk_tokens, 1)  # one token at once is one text at once
+    # All at once, also where a pass holds one text only, or nothing would be rounded; and one token, that is one text.
+    ways = (max(encoder.chunk_tokens, sum(map(len, texts))), 1)
     grouped, alone = (
         _embed_as(encoder, texts, packed=False, row_tokens=encoder.row_tokens, chunk_tokens=tokens) for tokens in ways
     )
