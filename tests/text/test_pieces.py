@@ -19,12 +19,12 @@ from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import tiny_graph
 from tests.tiny_models import tiny_tokenizer
 
-WORDS = ("▁ada", "▁poet", "▁a", "▁knows", "▁bo", "▁baker", "▁of", "▁bread", "▁|", "▁▁")
+WORDS = ("▁ada", "▁poet", "▁a", "▁knows", "▁bo", "▁baker", "▁of", "▁bread", "▁[", "▁]", "▁▁")
 
 
 def sentencepiece_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer that puts "▁" before a text: by a normaliser ("llama2") or Metaspace ("always", "first")."""
-    characters = [*"▁|:\n", *map(chr, range(ord("a"), ord("z") + 1))]
+    characters = [*"▁[],:\n", *map(chr, range(ord("a"), ord("z") + 1))]
     merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *bytes_, *characters, *map("".join, merges)])
@@ -52,8 +52,8 @@ KINDS = ("llama2", "always", "first")
 def test_a_space_is_put_before_the_first_piece_of_a_text_only(kind: str) -> None:
     verbalizer = words(sentencepiece_tokenizer(kind))
     spell: Callable[[Any], list[str]] = verbalizer.tokenizer.convert_ids_to_tokens
-    assert spell(verbalizer.query(0, 0)) == ["▁ada", ":", "▁a", "▁poet", "▁|", "▁knows", ":"]
-    assert spell(verbalizer.candidate(0)) == ["▁ada", ":", "▁a", "▁poet", "▁|"]
+    assert spell(verbalizer.query(0, 0)) == ["▁[", "▁ada", ":", "▁a", "▁poet", ",", "▁knows", "▁]"]
+    assert spell(verbalizer.candidate(0)) == ["▁[", "▁ada", ":", "▁a", "▁poet", "▁]"]
     completion = verbalizer.completion(0, 0, 2)
     assert spell(completion.tokens[completion.answer_start :]) == ["▁bo", "</s>"]
 
@@ -152,7 +152,7 @@ def test_special_tokens_inside_names_are_plain_characters(kind: str) -> None:
     texts = [verbalizer.candidate(0), verbalizer.query(1, 0), verbalizer.free_query("x</s>", "a <s> b", 1)]
     answers = [verbalizer.completion(2, 0, tail).tokens[:-1] for tail in (0, 1)]
     assert not any(np.isin(special, tokens).any() for tokens in (*texts, *answers))
-    assert tokenizer.decode(answers[0]) == "bo: a baker of bread | knows: a</s>b"
+    assert tokenizer.decode(answers[0]) == "[ bo: a baker of bread, knows ] a</s>b"
 
 
 def test_forty_thousand_texts_take_seconds() -> None:

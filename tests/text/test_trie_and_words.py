@@ -69,11 +69,11 @@ def test_wordings_survive_being_data_and_refuse_what_they_are_not() -> None:
 def test_texts_are_spelled_as_the_prefix_sharing_template_says() -> None:
     verbalizer = words()
     decode = verbalizer.tokenizer.decode
-    assert decode(verbalizer.query(0, 0)) == "ada: a poet | knows:"
-    assert decode(verbalizer.query(2, 3)) == "bo: a baker of bread | is liked by:"
-    assert decode(verbalizer.candidate(1)) == "ada b |"
+    assert decode(verbalizer.query(0, 0)) == "[ ada: a poet, knows ]"
+    assert decode(verbalizer.query(2, 3)) == "[ bo: a baker of bread, is liked by ]"
+    assert decode(verbalizer.candidate(1)) == "[ ada b ]"
     completion = verbalizer.completion(0, 0, 2)
-    assert decode(completion.tokens) == "ada: a poet | knows: bo</s>"
+    assert decode(completion.tokens) == "[ ada: a poet, knows ] bo</s>"
     assert decode(completion.tokens[completion.answer_start :]) == " bo</s>"
 
 
@@ -96,14 +96,14 @@ def test_names_that_look_like_fields_are_taken_as_they_are() -> None:
     )
     verbalizer = words(graph=graph)
     decode = verbalizer.tokenizer.decode
-    assert decode(verbalizer.candidate(0)) == "{description}: a poet |"
-    assert decode(verbalizer.candidate(1)) == "{name} |"
-    assert decode(verbalizer.query(2, 0)) == "{head} {relation}: a baker of bread | knows:"
+    assert decode(verbalizer.candidate(0)) == "[ {description}: a poet ]"
+    assert decode(verbalizer.candidate(1)) == "[ {name} ]"
+    assert decode(verbalizer.query(2, 0)) == "[ {head} {relation}: a baker of bread, knows ]"
 
 
 def test_descriptions_can_be_left_out() -> None:
     verbalizer = words(descriptions=False)
-    assert verbalizer.tokenizer.decode(verbalizer.candidate(0)) == "ada |"
+    assert verbalizer.tokenizer.decode(verbalizer.candidate(0)) == "[ ada ]"
     assert verbalizer.entity_text("ada", "a poet") == "ada"
 
 
@@ -120,13 +120,13 @@ def test_a_begin_token_opens_every_text_once_and_an_end_token_closes_answers_onl
 
 
 def test_cuts_fall_on_fields_and_never_on_the_mark() -> None:
-    """A token is a byte here: an entity text keeps five, a relation text three (with the space before it), an answer two."""
-    verbalizer = words(max_entity_tokens=5, max_relation_tokens=3, max_answer_tokens=2)
+    """A token is a byte here: an entity text keeps six, a relation text three, an answer two, the space before each included."""
+    verbalizer = words(max_entity_tokens=6, max_relation_tokens=3, max_answer_tokens=2)
     decode = verbalizer.tokenizer.decode
-    assert decode(verbalizer.query(2, 0)) == "bo: a | kn:"
-    assert decode(verbalizer.candidate(2)) == "bo: a |"
-    assert decode(verbalizer.completion(2, 0, 0).tokens) == "bo: a | kn: a</s>"
-    assert decode(verbalizer.free_query("bo", "a baker of bread", 0)) == "bo: a | kn:"
+    assert decode(verbalizer.query(2, 0)) == "[ bo: a, kn ]"
+    assert decode(verbalizer.candidate(2)) == "[ bo: a ]"
+    assert decode(verbalizer.completion(2, 0, 0).tokens) == "[ bo: a, kn ] a</s>"
+    assert decode(verbalizer.free_query("bo", "a baker of bread", 0)) == "[ bo: a, kn ]"
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))

@@ -57,9 +57,9 @@ PUBLISHED = Templates(
 PREFIX_SHARING = Templates(
     name="prefix-sharing",
     entity="{name}: {description}",
-    query="{head} | {relation}:",
-    candidate="{entity} |",
-    completion="{head} | {relation}:",
+    query="[ {head}, {relation} ]",
+    candidate="[ {entity} ]",
+    completion="[ {head}, {relation} ]",
     answer=" {name}",
 )
 
