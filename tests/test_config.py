@@ -119,7 +119,10 @@ def test_a_section_must_hold_keys() -> None:
     [
         (["objective.explicit=false", "objective.implicit=false"], "at least one of objective.explicit"),
         (["adapter.kind=full", "adapter.quantize=4bit"], "4-bit base"),
-        (["training.row_tokens=4096"], "at most training.chunk_tokens (2048); found 4096"),
+        (
+            ["training.row_tokens=4096", "training.chunk_tokens=2048"],
+            "at most training.chunk_tokens (2048); found 4096",
+        ),
         (["training.learning_rate=.nan"], "training.learning_rate: wanted a number > 0, found nan"),
         (["training.clip_norm=.inf"], "training.clip_norm: wanted a number > 0, found inf"),
         (["training.trackers=[tensorbord]"], "wanted a list of tensorboard or wandb"),

@@ -120,7 +120,7 @@ def test_a_begin_token_opens_every_text_once_and_an_end_token_closes_answers_onl
 
 
 def test_cuts_fall_on_fields_and_never_on_the_mark() -> None:
-    """A token is a byte here: an entity text keeps six, a relation text three, an answer two, the space before each included."""
+    """A token is a byte here: an entity text keeps six, a relation text three, an answer two, with the space before them."""
     verbalizer = words(max_entity_tokens=6, max_relation_tokens=3, max_answer_tokens=2)
     decode = verbalizer.tokenizer.decode
     assert decode(verbalizer.query(2, 0)) == "[ bo: a, kn ]"

@@ -41,6 +41,8 @@ ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, 
 
 ROW_TOKENS = {"cpu": 128, "cuda": 1024}
 """Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost 1 %."""
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""On a CPU 1,024 tokens at once are as fast as 2,048, and groups of rows are padded less: they are 3 to 4 % fuller."""
 
 MEMORY_REMEDY = (
     "The model does not fit: take a smaller one, training.precision=bf16, adapter.quantize=4bit (on a GPU), another "
@@ -140,7 +142,7 @@ def build_encoder(
         learn_temperature=config.objective.learn_temperature,
         precision=training.precision,
         row_tokens=row_tokens(config, process_device() if wants_sharding() else next(model.parameters()).device),
-        chunk_tokens=training.chunk_tokens,
+        chunk_tokens=chunk_tokens(config, next(model.parameters()).device),
         attention=training.attention,
     )
     if wants_sharding():
@@ -150,8 +152,14 @@ def build_encoder(
 
 def row_tokens(config: Config, device: torch.device) -> int:
     """Return the tokens of a packed row: those of the settings, else what suits the device, a forward pass at most."""
-    training = config.training
-    return training.row_tokens or min(ROW_TOKENS.get(device.type, ROW_TOKENS["cuda"]), training.chunk_tokens)
+    suited = ROW_TOKENS.get(device.type, ROW_TOKENS["cuda"])
+    return config.training.row_tokens or min(suited, chunk_tokens(config, device))
+
+
+def chunk_tokens(config: Config, device: torch.device) -> int:
+    """Return the tokens of a forward pass: those of the settings, else what suits the device, one row at least."""
+    suited = max(CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"]), config.training.row_tokens or 0)
+    return config.training.chunk_tokens or suited
 
 
 def load_base(config: Config, *, device: str | None = None) -> LanguageModel:
