@@ -192,7 +192,7 @@ def test_start_check_sees_a_window_that_counts_places_in_the_row() -> None:
         assert not encoder.packed, family
 
 
-def test_start_check_allows_rounding_and_half_of_what_a_wrong_mask_does() -> None:
+def test_start_check_allows_rounding_and_two_thirds_of_what_a_wrong_mask_does() -> None:
     """bfloat16 rounds by up to 0.02 here; the smallest wrong mask moves a text by 0.1."""
     verbalizer = tiny_verbalizer(tiny_graph())
     texts = packing._sample_texts(verbalizer)
@@ -203,7 +203,7 @@ def test_start_check_allows_rounding_and_half_of_what_a_wrong_mask_does() -> Non
         difference, noise = packed_difference(encoder, texts)
         with subtree_ends_one_late():
             wrong, _ = packed_difference(encoder, texts)
-        assert 2 * difference <= packing.largest_allowed(encoder, noise) <= wrong / 2, (
+        assert 2 * difference <= packing.largest_allowed(encoder, noise) <= wrong / 1.5, (
             family,
             difference,
             noise,

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def encoder_of(kind: str = "lora", *, row_tokens: int = 48, chunk_tokens: int = 64, **_: Any) -> Encoder:
+def encoder_of(kind: str = "lora", *, row_tokens: int = 56, chunk_tokens: int = 64, **_: Any) -> Encoder:
     if kind == "lora":
         return tiny_encoder(row_tokens=row_tokens, chunk_tokens=chunk_tokens).train()
     model = add_adapter(tiny_model("llama", vocab_size=TOKENIZER_SIZE), kind="full")

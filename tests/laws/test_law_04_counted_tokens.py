@@ -57,12 +57,12 @@ def test_end_token_is_counted_and_the_prompt_is_not() -> None:
     verbalizer = tiny_verbalizer(tiny_graph())
     completion = verbalizer.completion(0, 0, 2)
     prompt, answer = completion.tokens[: completion.answer_start], completion.tokens[completion.answer_start :]
-    assert verbalizer.tokenizer.decode(prompt) == "ada: a poet | knows:"
+    assert verbalizer.tokenizer.decode(prompt) == "[ ada: a poet, knows ]"
     assert verbalizer.tokenizer.decode(answer) == " bo</s>"
     with replaced(batches.BatchBuilder, "_draw_completions", lambda self, directed, generator: directed[:1]):
         batch = build_batch(tiny_encoder(), verbalizer, TRIPLES)
     assert verbalizer.tokenizer.decode(batch.answer_tokens) == " bo</s>"
-    assert verbalizer.tokenizer.decode(batch.trie.token_ids[batch.answer_nodes]) == ": bo"
+    assert verbalizer.tokenizer.decode(batch.trie.token_ids[batch.answer_nodes]) == "] bo"
 
 
 def mean_of_means() -> AbstractContextManager[None]:

@@ -43,10 +43,10 @@ def test_every_text_is_pooled_at_its_own_last_token() -> None:
 
 
 def test_a_cut_takes_tokens_and_leaves_the_mark() -> None:
-    """METHOD.md §7.10: a byte is a token here, so a cut at 3 leaves 3 letters and, after them, the mark."""
-    verbalizer = tiny_verbalizer(tiny_graph(), max_entity_tokens=3, max_relation_tokens=4)
-    assert verbalizer.tokenizer.decode(verbalizer.candidate(5)) == "eve |"
-    assert verbalizer.tokenizer.decode(verbalizer.query(5, 0)) == "eve | kno:"
+    """METHOD.md §7.10: a byte is a token here, so a cut at 4 leaves a space, 3 letters and, after them, the mark."""
+    verbalizer = tiny_verbalizer(tiny_graph(), max_entity_tokens=4, max_relation_tokens=4)
+    assert verbalizer.tokenizer.decode(verbalizer.candidate(5)) == "[ eve ]"
+    assert verbalizer.tokenizer.decode(verbalizer.query(5, 0)) == "[ eve, kno ]"
 
 
 def pooled_at_the_last_column() -> AbstractContextManager[None]:

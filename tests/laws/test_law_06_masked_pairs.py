@@ -19,16 +19,16 @@ from tests.laws.common import build_batch, gradients, replaced, tiny_encoder, ti
 
 # ada knows bo, cy; dan knows bo; bo likes cy; cy likes bo; ada b likes eve (the training triples of tiny_graph).
 KNOWN_BY_HAND = {
-    "ada: a poet | knows:": {"bo: a baker of bread |", "cy: a poet |"},
-    "dan | knows:": {"bo: a baker of bread |"},
-    "bo: a baker of bread | is known by:": {"ada: a poet |", "dan |"},
-    "cy: a poet | is known by:": {"ada: a poet |"},
-    "bo: a baker of bread | likes:": {"cy: a poet |"},
-    "cy: a poet | likes:": {"bo: a baker of bread |"},
-    "ada b | likes:": {"eve: a sailor |"},
-    "cy: a poet | is liked by:": {"bo: a baker of bread |"},
-    "bo: a baker of bread | is liked by:": {"cy: a poet |"},
-    "eve: a sailor | is liked by:": {"ada b |"},
+    "[ ada: a poet, knows ]": {"[ bo: a baker of bread ]", "[ cy: a poet ]"},
+    "[ dan, knows ]": {"[ bo: a baker of bread ]"},
+    "[ bo: a baker of bread, is known by ]": {"[ ada: a poet ]", "[ dan ]"},
+    "[ cy: a poet, is known by ]": {"[ ada: a poet ]"},
+    "[ bo: a baker of bread, likes ]": {"[ cy: a poet ]"},
+    "[ cy: a poet, likes ]": {"[ bo: a baker of bread ]"},
+    "[ ada b, likes ]": {"[ eve: a sailor ]"},
+    "[ cy: a poet, is liked by ]": {"[ bo: a baker of bread ]"},
+    "[ bo: a baker of bread, is liked by ]": {"[ cy: a poet ]"},
+    "[ eve: a sailor, is liked by ]": {"[ ada b ]"},
 }
 
 
@@ -66,13 +66,14 @@ def test_what_only_valid_or_test_knows_is_a_negative_of_training() -> None:
     queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
     ada, dan, eve, bo = "ada: a poet", "dan", "eve: a sailor", "bo: a baker of bread"
     masked = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.known)}
-    for split, (tail, tail_mark) in {"valid": (dan, f"{dan} |"), "test": (eve, f"{eve} |")}.items():
-        pairs = {(f"{ada} | knows:", tail_mark), (f"{tail} | is known by:", f"{ada} |")}
+    for split, (tail, tail_mark) in {"valid": (dan, f"[ {dan} ]"), "test": (eve, f"[ {eve} ]")}.items():
+        pairs = {(f"[ {ada}, knows ]", tail_mark), (f"[ {tail}, is known by ]", f"[ {ada} ]")}
         assert all(query in queries and candidate in candidates for query, candidate in pairs), split
         assert not pairs & masked, split
     assert masked == {
-        (f"{ada} | knows:", f"{bo} |"), (f"{bo} | knows:", f"{dan} |"), (f"{bo} | knows:", f"{eve} |"),
-        (f"{bo} | is known by:", f"{ada} |"), (f"{dan} | is known by:", f"{bo} |"), (f"{eve} | is known by:", f"{bo} |"),
+        (f"[ {ada}, knows ]", f"[ {bo} ]"), (f"[ {bo}, knows ]", f"[ {dan} ]"), (f"[ {bo}, knows ]", f"[ {eve} ]"),
+        (f"[ {bo}, is known by ]", f"[ {ada} ]"), (f"[ {dan}, is known by ]", f"[ {bo} ]"),
+        (f"[ {eve}, is known by ]", f"[ {bo} ]"),
     }  # fmt: skip
 
 
