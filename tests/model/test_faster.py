@@ -93,6 +93,17 @@ def test_compiled_layers_give_the_same_gradients() -> None:
     assert encoder(group, shared=True).shape == (group.token_ids.size, encoder.width)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_compiled_dropout_draws_the_same_numbers() -> None:
+    dropout, x = Dropout(0.3).train(), torch.randn(7, 33)
+    torch.manual_seed(5)
+    plain = dropout(x)
+    dropout.compile(dynamic=True)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x), plain)
+
+
 def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise layers.TorchDynamoException("no working C++ compiler found")

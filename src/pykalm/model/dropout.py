@@ -29,6 +29,8 @@ class Dropout(nn.Module):
         return x * factors.mul_(LEVELS / (LEVELS - dropped))
 
 
+# Compiled, the 16-bit view of 64-bit numbers is refused.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _random_bits(count: int) -> Tensor:
     """Return `count` random int16 numbers, every one as likely."""
     seed = int(torch.randint(1 << 62, ()))
