@@ -12,6 +12,7 @@ from torch import Tensor
 from pykalm.config import ObjectiveSettings, TextSettings
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
+from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import Batch, BatchBuilder
 from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model.adapters import add_adapter
@@ -75,14 +76,20 @@ def build_batch(
 
 
 def gradients(
-    encoder: Encoder, batch: Batch, *, memory_tokens: int = 1 << 20, seed: int = 0, **objective: Any
+    encoder: Encoder,
+    batch: Batch,
+    *,
+    memory_tokens: int = 1 << 20,
+    seed: int = 0,
+    bank: EntityBank | None = None,
+    **objective: Any,
 ) -> tuple[StepLoss, dict[str, Tensor]]:
     """Return the losses of a step and a copy of the gradient of every parameter that learns; λ is 1 by default."""
     encoder.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = ObjectiveSettings(**{"implicit_weight": 1.0, **objective})
-        loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens)
+        loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens, bank=bank)
     return loss, copied_gradients(encoder)
 
 
