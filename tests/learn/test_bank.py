@@ -89,10 +89,10 @@ def test_a_batch_names_its_candidates_and_every_known_answer_of_its_queries() ->
     text = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in paths}
     candidates = [decode(verbalizer.candidate(entity)) for entity in batch.candidate_entities]
     assert candidates == [text[node] for node in batch.candidate_nodes.tolist()]
-    assert sorted(candidates) == ["ada |", "bo |"]
+    assert sorted(candidates) == ["[ ada ]", "[ bo ]"]
     answers = {(text[int(batch.query_nodes[row])], int(entity)) for row, entity in batch.known_answers}
     # The query is that of cy alone: who else knows bo is an answer to another query, which this batch does not ask.
-    assert answers == {("ada | knows:", 2), ("ada | knows:", 3), ("bo | is known by:", 0)}
+    assert answers == {("[ ada, knows ]", 2), ("[ ada, knows ]", 3), ("[ bo, is known by ]", 0)}
 
 
 def test_training_counts_the_bank_from_the_second_step_on_and_saves_it(train: Callable[..., Run]) -> None:
