@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from pykalm.bench.plan import adapters_of_peft
 from pykalm.bench.published import BATCH_SIZE, COMPLETIONS, PublishedRecipe, PublishedStep, draw_step
 from pykalm.config import ObjectiveSettings
+from pykalm.model.dropout import Dropout
 from pykalm.model.encoder import Encoder
 from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import copied_gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
@@ -99,3 +102,17 @@ def test_a_step_draws_24_directed_triples_and_completes_4_of_them() -> None:
     assert len(np.unique(drawn[:, 0])) == 24
     assert len(completed) == 4
     assert set(completed[:, 0].tolist()) <= set(drawn[:, 0].tolist())
+
+
+def test_adapters_are_those_of_peft_for_a_while_only(words: Verbalizer) -> None:
+    """PyTorch's dropout and the cast to float32 inside; afterwards those that kalm has put there, the same objects."""
+    encoder = tiny_encoder(dropout=0.3).train()
+    layers = [layer for layer in encoder.modules() if isinstance(layer, LoraLayer)]
+    before = [layer.lora_dropout["default"] for layer in layers]
+    assert all(isinstance(dropout, Dropout) for dropout in before)
+    with adapters_of_peft(encoder):
+        inside = [layer.lora_dropout["default"] for layer in layers]
+        assert all(type(dropout) is torch.nn.Dropout and dropout.training and dropout.p == 0.3 for dropout in inside)
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+    assert [layer.lora_dropout["default"] for layer in layers] == before
+    assert not any(layer.cast_input_dtype_enabled for layer in layers)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from pykalm.config import AdapterSettings, Config, ObjectiveSettings, TextSettings, TrainingSettings
 from pykalm.errors import UsageError
@@ -16,6 +18,7 @@ from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.model.adapters import add_adapter
 from pykalm.model.attention import FLEX
+from pykalm.model.dropout import Dropout
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, resolve_device
 from pykalm.model.run import Run, build_run, load_base
@@ -180,6 +183,23 @@ def attention(encoder: Encoder, name: str) -> Iterator[None]:
         yield
     finally:
         encoder.use_attention(kept)
+
+
+@contextmanager
+def adapters_of_peft(encoder: Encoder) -> Iterator[None]:
+    """Let LoRA layers work for a while as peft makes them: PyTorch's dropout, and every input cast to float32."""
+    kept = [(layer, dict(layer.lora_dropout.items())) for layer in encoder.modules() if isinstance(layer, LoraLayer)]
+    for layer, dropouts in kept:
+        layer.cast_input_dtype_enabled = True
+        for name, dropout in dropouts.items():
+            if isinstance(dropout, Dropout):
+                layer.lora_dropout[name] = nn.Dropout(dropout.p).train(dropout.training)
+    try:
+        yield
+    finally:
+        for layer, dropouts in kept:
+            layer.cast_input_dtype_enabled = False
+            layer.lora_dropout.update(dropouts)
 
 
 def generator(seed: int, *numbers: int) -> np.random.Generator:
