@@ -8,6 +8,9 @@ import pytest
 # Set before any library is imported: tests take models and graphs from this machine only.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models gain nothing from more, and wait for each other on a busy machine
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -1,5 +1,6 @@
 """Law 4: the completion loss depends only on the multiset of counted tokens: not on padding, order or chunks."""
 
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from pykalm.learn import batches, step
 from pykalm.model.encoder import Encoder
+from pykalm.text.texts import Texts
 from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import build_batch, gradients, replaced, tiny_encoder, tiny_graph, tiny_verbalizer
 
@@ -81,9 +83,9 @@ def labels_are_shifted() -> AbstractContextManager[None]:
     """Let every node predict its own token."""
     right = batches._answers
 
-    def wrong(trie: Any, *, completions_start: int, starts: Any, texts: Any) -> Any:
-        nodes, _tokens = right(trie, completions_start=completions_start, starts=starts, texts=texts)
-        return nodes, trie.token_ids[nodes]
+    def wrong(trie: Any, completions: Any, *, start: int) -> Any:
+        nodes, _tokens = right(trie, completions, start=start)
+        return nodes, trie.token_ids[nodes].astype(np.int64)
 
     return replaced(batches, "_answers", wrong)
 
@@ -92,8 +94,9 @@ def the_end_is_not_learned() -> AbstractContextManager[None]:
     """Leave the end token out, so that the model never learns to stop. METHOD.md §7.9."""
     right = batches._answers
 
-    def wrong(trie: Any, *, completions_start: int, starts: Any, texts: Any) -> Any:
-        return right(trie, completions_start=completions_start, starts=starts, texts=[text[:-1] for text in texts])
+    def wrong(trie: Any, completions: Any, *, start: int) -> Any:
+        endless = Texts.of([text[:-1] for text in completions.texts])
+        return right(trie, dataclasses.replace(completions, texts=endless), start=start)
 
     return replaced(batches, "_answers", wrong)
 
