@@ -91,8 +91,8 @@ def vectors_are_detached_from_the_temperature() -> AbstractContextManager[None]:
 
 
 def gradients_reach_the_wrong_chunk() -> AbstractContextManager[None]:
-    """Join the chunks' vectors in the order they were computed in, not in that of their nodes."""
-    return replaced(step, "_in_order", lambda vectors, chunks, count: torch.cat(vectors))
+    """Join the chunks' vectors from the last chunk to the first, not in the order of their nodes."""
+    return replaced(step, "_in_order", lambda vectors, chunks, count: torch.cat(vectors[::-1]))
 
 
 BREAKS = {
