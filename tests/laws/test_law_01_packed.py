@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from pykalm.graph.graph import IntArray
 from pykalm.learn.batches import TripleOrder
+from pykalm.learn.step import StepLoss
 from pykalm.model import attention, matmul_attention, packing
 from pykalm.model.encoder import Encoder
 from pykalm.model.packing import choose_passes, packed_difference
@@ -78,18 +79,31 @@ def completed_triples(
     return [(int(head), int(relation), int(tail)) for head, relation, tail in drawn]
 
 
+def require_loops(
+    encoder: Encoder,
+    verbalizer: Verbalizer,
+    loss: StepLoss,
+    packed: dict[str, Tensor],
+    triples: IntArray | None = None,
+    *,
+    what: tuple[str, ...],
+) -> None:
+    """Require the loss of a packed step, and every gradient, to be those of the loops over separate passes."""
+    encoder.zero_grad()
+    expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer, triples), triples)
+    expected.backward()
+    assert abs(loss.total - float(expected.detach())) < 2e-5, (*what, loss.total, float(expected))
+    difference = largest_difference(packed, copied_gradients(encoder))
+    assert difference < 2e-4, (*what, difference)
+
+
 def test_packed_trie_equals_separate_passes() -> None:
     """Float32 rounding reaches 2e-6 here, gradients included; every break moves a loss by more than 1e-2."""
     for family in FAMILIES:
         for template in ("prefix-sharing", "published"):
             encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph(), template=template)
             loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
-            encoder.zero_grad()
-            expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer))
-            expected.backward()
-            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, template, loss.total, float(expected))
-            difference = largest_difference(packed, copied_gradients(encoder))
-            assert difference < 2e-4, (family, template, difference)
+            require_loops(encoder, verbalizer, loss, packed, what=(family, template))
 
 
 def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
@@ -101,12 +115,7 @@ def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
             encoder.use_attention(faster)
             loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
             encoder.use_attention(own)
-            encoder.zero_grad()
-            expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer))
-            expected.backward()
-            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, faster, loss.total, float(expected))
-            difference = largest_difference(packed, copied_gradients(encoder))
-            assert difference < 2e-4, (family, faster, difference)
+            require_loops(encoder, verbalizer, loss, packed, what=(family, faster))
 
 
 def test_most_families_take_the_faster_attention() -> None:
@@ -135,12 +144,7 @@ def test_packed_neighbourhood_batches_with_a_hub_equal_separate_passes() -> None
             batch = build_batch(encoder, verbalizer, triples)
             several += int(np.bincount(batch.positives[:, 0]).max()) > 1 < int(np.bincount(batch.positives[:, 1]).max())
             loss, packed = gradients(encoder, batch)
-            encoder.zero_grad()
-            completed = completed_triples(encoder, verbalizer, triples)
-            expected = loss_by_loops(encoder, verbalizer, completed, triples)
-            expected.backward()
-            assert abs(loss.total - float(expected.detach())) < 2e-5, (family, loss.total, float(expected))
-            assert largest_difference(packed, copied_gradients(encoder)) < 2e-4, family
+            require_loops(encoder, verbalizer, loss, packed, triples, what=(family,))
     assert several
 
 

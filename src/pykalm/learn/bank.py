@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
+from pykalm.model.index import distinct_texts
 from pykalm.text.texts import IntArray, Texts
 
 
@@ -26,14 +27,13 @@ class EntityBank(nn.Module):
     def __init__(self, texts: Texts, width: int, objective: ObjectiveSettings, *, device: torch.device) -> None:
         """Make an empty bank for the candidate texts (E,) of a graph's entities; objective.bank says of which kind."""
         super().__init__()
-        rows: dict[bytes, int] = {}
-        row_of = [rows.setdefault(text.tobytes(), len(rows)) for text in texts]
+        distinct, row_of = distinct_texts(texts)
         self.momentum = objective.bank_momentum if objective.bank == "momentum" else 0.0
         self.age = objective.bank_age
-        self.register_buffer("vectors", torch.zeros(len(rows), width, device=device))
-        self.register_buffer("computed", torch.full((len(rows),), -1, device=device))
+        self.register_buffer("vectors", torch.zeros(len(distinct), width, device=device))
+        self.register_buffer("computed", torch.full((len(distinct),), -1, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("row_of", torch.tensor(row_of, device=device), persistent=False)
+        self.register_buffer("row_of", torch.from_numpy(row_of).to(device), persistent=False)
 
     @torch.no_grad()
     def keep(self, batch: Batch, vectors: Tensor) -> None:

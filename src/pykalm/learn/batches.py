@@ -89,9 +89,8 @@ class BatchBuilder:
         """Return the batch of triples (N, 3), relations in [0, R)."""
         directed = np.concatenate([triples, inverse(triples, self.graph.num_relations)])
         heads, relations, query_of = _distinct_pairs(directed[:, :2])
-        entities, entity_of = np.unique(
-            directed[:, 0], return_inverse=True
-        )  # every tail is a head, the other way round
+        # Every tail is a head, the other way round.
+        entities, entity_of = np.unique(directed[:, 0], return_inverse=True)
         tail_of = np.roll(entity_of, len(triples))
         completed = self._draw_completions(directed, generator)
         queries = self.verbalizer.queries(heads, relations) if self.explicit else Texts.of([])
