@@ -25,14 +25,19 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         factors = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(_random_bits(x.numel()).view(x.shape), dropped - LEVELS // 2, out=factors)
+        torch.ge(random_bits(x.numel()).view(x.shape), dropped - LEVELS // 2, out=factors)
         return x * factors.mul_(LEVELS / (LEVELS - dropped))
 
 
-# Compiled, the 16-bit view of 64-bit numbers is refused.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _random_bits(count: int) -> Tensor:
-    """Return `count` random int16 numbers, every one as likely."""
+# An operation of its own: compiled code calls it, and neither merges two calls nor repeats one in the backward pass.
+@torch.library.custom_op("kalm::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def random_bits(count: int) -> Tensor:
+    """Return `count` random int16 numbers, every one as likely, on the CPU."""
     seed = int(torch.randint(1 << 62, ()))
     words = np.random.Generator(np.random.SFC64(seed)).integers(1 << 64, size=-(-count // 4), dtype=np.uint64)
-    return torch.from_numpy(words.view(np.int16))[:count]
+    return torch.from_numpy(words.view(np.int16)[:count].copy()) if count % 4 else torch.from_numpy(words.view(np.int16))
+
+
+@random_bits.register_fake
+def _(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int16)
