@@ -80,6 +80,14 @@ def test_the_layers_of_every_family_are_found() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_compiled_dropouts_of_equal_inputs_draw_other_numbers() -> None:
+    """A compiler that takes two calls that look alike for one would drop the same elements in both."""
+    one, other, x = Dropout(0.5).train(), Dropout(0.5).train(), torch.ones(64, 64)
+    first, second = torch.compile(lambda x: (one(x), other(x)), fullgraph=True)(x)
+    assert 0.3 < float((first == second).float().mean()) < 0.7
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
 def test_compiled_layers_give_the_same_gradients() -> None:
     """Float32; fused operations round otherwise, by less than 1e-4 of a gradient's length."""
     encoder = tiny_encoder(row_tokens=48).train()

@@ -39,12 +39,15 @@ SEPARATE_CHUNK_TOKENS = 512
 SEPARATE_BATCH_SHARE = 4
 """Separate passes take batches this many times smaller, which fit the same memory; a triple costs them the same there."""
 
+NEIGHBOURHOOD_BATCH_FACTOR = 2
+"""Neighbourhood batches are this many times larger than random ones, and still take less memory: their texts share more."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """Hold what is measured, on what, and how often.
 
-    batch_size: triples of a kalm step, 0 for one that suits the device; repeats: rounds that count, after one that does
+    batch_size: triples of a random kalm step, 0 for one that suits the device, neighbourhood steps take more; repeats: rounds that count, after one that does
     not; entities: how many are embedded, 0 for all; loop_queries: queries of the published ranking loop, which is timed on
     a sample.
     """
@@ -107,8 +110,8 @@ class Workshop:
 
     @property
     def batch_size(self) -> int:
-        """Return the triples of a kalm step: what fits a laptop's memory in one graph, more on a GPU."""
-        return self.plan.batch_size or (1024 if self.device.type == "cuda" else 256)
+        """Return the triples of a random kalm step: the default of `kalm train`, more on a GPU."""
+        return self.plan.batch_size or (1024 if self.device.type == "cuda" else 128)
 
     def graph(self, name: str) -> KnowledgeGraph:
         """Load a graph, once."""

@@ -14,6 +14,7 @@ import torch
 from pykalm.api import batch_builder
 from pykalm.bench.plan import (
     BATCHINGS,
+    NEIGHBOURHOOD_BATCH_FACTOR,
     SEPARATE_BATCH_SHARE,
     Workshop,
     adapters_of_peft,
@@ -109,9 +110,8 @@ class KalmSystem:
     @staticmethod
     def build(run: Run, batching: str, *, packed: bool) -> "KalmSystem":
         """Prepare a system: the first look at an order is timed, and what it costs is spread over an epoch's steps."""
-        size = (
-            run.config.training.batch_size if packed else max(1, run.config.training.batch_size // SEPARATE_BATCH_SHARE)
-        )
+        size = run.config.training.batch_size * (NEIGHBOURHOOD_BATCH_FACTOR if batching == "neighbourhood" else 1)
+        size = size if packed else max(1, size // SEPARATE_BATCH_SHARE)
         order = TripleOrder(run.graph.triples("train"), size, run.config.seed, batching)
         ordered = time_call(lambda: order.at(0), torch.device("cpu"))
         return KalmSystem(
