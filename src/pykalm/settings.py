@@ -153,9 +153,9 @@ class TrainingSettings(Settings):
         description="Tokens per forward pass; null takes 1024 on a CPU, 16384 on a GPU. Lower it when memory runs out.",
     )
     memory_tokens: Positive = Field(
-        16384,
-        description="Tokens of a batch whose graph is kept in memory; larger batches take gradient caching,"
-        " which computes every text twice. Lower it when memory runs out.",
+        12288,
+        description="Tokens of a batch whose graph is kept in memory (about 9 GB for a model of 135M parameters); larger"
+        " batches take gradient caching, which computes every text twice. Lower it when memory runs out.",
     )
     memory: Size | None = Field(
         None,
