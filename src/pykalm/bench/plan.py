@@ -60,7 +60,7 @@ class Plan:
     threads: int = 0
     repeats: int = 5
     batch_size: int = 0
-    entities: int = 2000
+    entities: int = 512
     loop_queries: int = 50
     quick: bool = False
 

@@ -7,7 +7,7 @@ from typing import Any
 from pykalm.bench.flops import model_cost, useful_flops
 from pykalm.bench.machine import matmul_peak
 from pykalm.bench.plan import BATCHINGS, Workshop
-from pykalm.bench.timing import Spread, interleaved
+from pykalm.bench.timing import Spread, interleaved, paired_ratio
 from pykalm.bench.training import KalmSystem
 
 
@@ -18,26 +18,26 @@ class Utilisation:
     graph: str
     share: dict[str, Spread]
     useful_flops_per_second: dict[str, Spread]
-    peak_flops_per_second: float
+    peak_flops_per_second: Spread
 
 
 def measure_utilisation(workshop: Workshop, graph: str) -> Utilisation:
-    """Measure steps and matrix products in turn; the peak is the best product of all rounds."""
+    """Measure steps and matrix products in turn; each step is held against the best product of its round."""
     run = workshop.run(graph)
     cost, device = model_cost(run.encoder), workshop.device
     systems: dict[str, Callable[[int], Any]] = {
         batching: KalmSystem.build(run, batching, packed=True) for batching in BATCHINGS
     }
-    peaks: list[float] = []
 
-    def peak(number: int) -> None:
-        peaks.append(matmul_peak(device, width=run.encoder.width, dtype=run.encoder.compute_dtype))
+    def peak(number: int) -> float:
+        return matmul_peak(device, width=run.encoder.width, dtype=run.encoder.compute_dtype)
 
     timed = interleaved({**systems, "peak": peak}, repeats=workshop.plan.repeats, device=device)
+    peaks = [call.value for call in timed["peak"]]
     flops = {
         batching: [useful_flops(cost, step.value.batch) / step.seconds for step in timed[batching]]
         for batching in systems
     }
-    best = max(peaks)
-    share = {batching: Spread.of([speed / best for speed in speeds]) for batching, speeds in flops.items()}
-    return Utilisation(run.graph.name, share, {batching: Spread.of(speeds) for batching, speeds in flops.items()}, best)
+    share = {batching: paired_ratio(speeds, peaks) for batching, speeds in flops.items()}
+    speeds = {batching: Spread.of(speeds) for batching, speeds in flops.items()}
+    return Utilisation(run.graph.name, share, speeds, Spread.of(peaks))
