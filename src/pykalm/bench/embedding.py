@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from pykalm.bench.plan import Workshop, attention, generator
+from pykalm.bench.plan import Workshop, adapters_of_peft, attention, generator
 from pykalm.bench.published import last_states, pad, pad_token
 from pykalm.bench.timing import Spread, interleaved, paired_ratio
 from pykalm.model.encoder import pooled
@@ -46,7 +46,7 @@ def measure_embedding(workshop: Workshop, graph: str) -> EmbeddingSpeed:
     first = texts.select(np.arange(min(LOOP_BATCH, len(texts))))  # enough to warm up
 
     def loop(number: int, with_logits: bool) -> torch.Tensor:
-        with attention(run.encoder, workshop.own_attention):
+        with attention(run.encoder, workshop.own_attention), adapters_of_peft(run.encoder):
             return padded_loop(run, texts if number else first, with_logits=with_logits)
 
     systems: dict[str, Callable[[int], torch.Tensor]] = {
