@@ -1,0 +1,264 @@
+"""Compare what systems learn, not how fast they are: at equal examples, or at equal training time.
+
+    python scripts/quality.py examples --out DIR      # published recipe and kalm on exactly the same triples, test MRR
+    python scripts/quality.py time --out DIR          # ways of batching and banks of negatives, valid MRR against time
+    python scripts/quality.py show --out DIR          # tables and a figure of what is there
+
+Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor time of the
+steps, batches and optimiser included and evaluations not, so that two trials may run side by side. Names only, LoRA r 8 on
+the feed-forward part, dropout 0.05, AdamW at 1e-3: a tenth of warm-up, then cosine to 0, by the share of the budget used.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from pykalm.api import batch_builder
+from pykalm.bench.published import BATCH_SIZE, COMPLETIONS, PublishedRecipe
+from pykalm.bench.training import new_optimizer
+from pykalm.config import AdapterSettings, Config, ObjectiveSettings, TextSettings, TrainingSettings
+from pykalm.evaluate.links import evaluate_links, validation_mrr
+from pykalm.files import replace_file
+from pykalm.graph.catalogue import load_graph
+from pykalm.graph.graph import both_directions
+from pykalm.graph.subgraph import sample_for_validation
+from pykalm.learn.bank import EntityBank
+from pykalm.learn.batches import TripleOrder
+from pykalm.learn.step import joint_gradient
+from pykalm.model.run import Run, build_run, load_base
+
+EXAMPLES, TIME = ("random", "published"), ("random", "neighbourhood", "random+bank", "neighbourhood+bank")
+SMALL_BATCH = BATCH_SIZE // 2
+"""Triples of a step at equal examples: both directions of them are as many examples as a published step has."""
+RATE, WARM_UP = 1e-3, 0.1
+COLOURS = {"random": "#777777", "random+bank": "#61a5c2", "neighbourhood": "#d97706", "neighbourhood+bank": "#9b2226"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Say what is tried: exactly one of triples and seconds is the budget."""
+
+    graph: str
+    system: str
+    seed: int
+    batch_size: int
+    triples: int | None = None
+    seconds: float | None = None
+    evaluations: int = 4
+
+    @property
+    def file(self) -> str:
+        """Return the name of its file."""
+        kind = "examples" if self.triples else "time"
+        return f"{kind}.{Path(self.graph).name}.{self.system}.{self.seed}.json"
+
+
+@dataclass
+class Outcome:
+    """Hold what came out: points are (seconds, triples seen, valid MRR), test is that of equal examples only."""
+
+    trial: Trial
+    steps: int = 0
+    triples: float = 0
+    seconds: float = 0
+    points: list[tuple[float, float, float]] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Run what is missing, or show what is there."""
+    given = parse()
+    if given.command == "show":
+        return show(given.out)
+    given.out.mkdir(parents=True, exist_ok=True)
+    trials = [trial for trial in planned(given) if not (given.out / trial.file).exists()]
+    with ProcessPoolExecutor(given.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in as_completed([pool.submit(run, trial, given.out) for trial in trials]):
+            print(done.result(), flush=True)
+    show(given.out)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["examples", "time", "show"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--graphs", default="codex-s,wn18rr-v1")
+    parser.add_argument("--systems", help=f"examples: {','.join(EXAMPLES)}; time: {','.join(TIME)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--triples", type=int, default=1024, help="budget of `examples`")
+    parser.add_argument("--seconds", type=float, default=120, help="budget of `time`")
+    parser.add_argument("--batch-size", type=int, default=64, help="triples of a step of `time`")
+    parser.add_argument("--processes", type=int, default=2, help="trials side by side")
+    return parser.parse_args()
+
+
+def planned(given: argparse.Namespace) -> Iterator[Trial]:
+    """Yield the trials, all systems of a seed together, so that a stop leaves fair pairs."""
+    by_examples = given.command == "examples"
+    systems = given.systems.split(",") if given.systems else EXAMPLES if by_examples else TIME
+    budget: dict[str, Any] = {"triples": given.triples, "batch_size": SMALL_BATCH} if by_examples else {
+        "seconds": given.seconds, "batch_size": given.batch_size}  # fmt: skip
+    for seed in map(int, given.seeds.split(",")):
+        for graph in given.graphs.split(","):
+            yield from (Trial(graph, system, seed, **budget) for system in systems)
+
+
+def run(trial: Trial, out: Path) -> str:
+    """Train and measure in this process; write the outcome and return a line about it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(trial.seed)
+    prepared = prepare(trial)
+    outcome = train(trial, prepared)
+    if trial.triples:
+        report, _ = evaluate_links(prepared.graph, prepared.encoder, prepared.verbalizer)
+        outcome.test = report.mean.to_dict()
+    text = json.dumps(asdict(outcome), indent=1)
+    replace_file(out / trial.file, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+    reached = outcome.test.get("mrr", outcome.points[-1][2])
+    return f"{trial.file}: {outcome.steps} steps, {outcome.triples:.0f} triples, {outcome.seconds:.0f} s, MRR {reached:.3f}"
+
+
+def prepare(trial: Trial) -> Run:
+    """Return a run that is nowhere on disk, with new adapters."""
+    batching, _, bank = trial.system.partition("+")
+    published = batching == "published"
+    config = Config(
+        graph=trial.graph,
+        seed=trial.seed,
+        text=TextSettings(descriptions=False, template="published" if published else "prefix-sharing"),
+        adapter=AdapterSettings(rank=8, alpha=16, dropout=0.05, targets="mlp"),
+        objective=ObjectiveSettings(
+            completion_share=COMPLETIONS / SMALL_BATCH,
+            bank="plain" if bank else "none",
+            learn_temperature=not published,
+        ),
+        training=TrainingSettings(
+            batch_size=trial.batch_size, batching="random" if published else batching, device="cpu"
+        ),
+    )
+    return build_run(Path("quality"), config, load_graph(trial.graph), load_base(config), temperature=0.05)
+
+
+def train(trial: Trial, prepared: Run) -> Outcome:
+    """Train until the budget is used, with evaluations on valid in between."""
+    encoder, outcome = prepared.encoder, Outcome(trial)
+    valid = sample_for_validation(prepared.graph, triples=150, entities=1000, seed=0)
+    optimizer, step = new_optimizer(encoder), steps(trial, prepared)
+    due = [(number + 1) / trial.evaluations for number in range(trial.evaluations)] if trial.seconds else [1.0]
+    while due:
+        used = share(trial, outcome)
+        if used >= due[0]:
+            mrr = validation_mrr(valid, encoder, prepared.verbalizer.for_graph(valid))
+            outcome.points.append((outcome.seconds, outcome.triples, mrr))
+            due = [later for later in due if later > used]
+            continue
+        encoder.train()
+        started = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(used, trial)
+        outcome.triples += next(step)
+        torch.nn.utils.clip_grad_norm_(encoder.trainable().values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        outcome.seconds += time.process_time() - started
+        outcome.steps += 1
+    return outcome
+
+
+def steps(trial: Trial, prepared: Run) -> Iterator[float]:
+    """Leave the gradient of step after step in the encoder; yield the triples, in both directions, of each."""
+    drawn = prepared.graph.triples("train")
+    if trial.triples:
+        drawn = np.random.default_rng([trial.seed, 9]).permutation(drawn)[: trial.triples]
+    if trial.system == "published":
+        recipe = PublishedRecipe(prepared.encoder, prepared.verbalizer, prepared.config.objective, skip_unused=True)
+        directed = np.random.default_rng([trial.seed, 0]).permutation(
+            both_directions(drawn, prepared.graph.num_relations)
+        )
+        for start in range(0, len(directed), BATCH_SIZE):
+            chosen = directed[start : start + BATCH_SIZE]
+            recipe.gradient(chosen, chosen[:COMPLETIONS])
+            yield len(chosen) / 2
+    builder, bank = batch_builder(prepared), None
+    if prepared.config.objective.bank != "none":
+        texts = prepared.verbalizer.candidates(np.arange(prepared.graph.num_entities))
+        bank = EntityBank(texts, prepared.encoder.width, prepared.config.objective, device=prepared.encoder.device)
+    order = TripleOrder(drawn, trial.batch_size, trial.seed, prepared.config.training.batching)
+    for number in range(10**9):
+        batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))
+        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20, bank=bank)
+        yield batch.num_triples
+
+
+def share(trial: Trial, outcome: Outcome) -> float:
+    """Return the share of the budget that is used."""
+    return outcome.triples / trial.triples if trial.triples else outcome.seconds / (trial.seconds or math.inf)
+
+
+def learning_rate(used: float, trial: Trial) -> float:
+    """Return the rate at a share of the budget; a first step has a rate above 0."""
+    if used < WARM_UP:
+        return RATE * max(used, WARM_UP / 10) / WARM_UP
+    return RATE * (1 + math.cos(math.pi * (used - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def show(out: Path) -> None:
+    """Print a line per graph and system with the spread over seeds, and draw valid MRR against time."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for file in sorted(out.glob("*.json")):
+        outcome = json.loads(file.read_text(encoding="utf-8"))
+        kind, trial = file.name.split(".")[0], outcome["trial"]
+        found.setdefault(f"{kind} {trial['graph']}", {}).setdefault(trial["system"], []).append(outcome)
+    print(f"{'budget, graph':24} {'system':20} {'seeds':>5} {'triples':>8} {'CPU s':>6} {'MRR':>6} each")
+    for name, systems in found.items():
+        for system, outcomes in systems.items():
+            reached = [o["test"].get("mrr", o["points"][-1][2]) for o in outcomes]
+            triples, seconds = (statistics.mean(o[key] for o in outcomes) for key in ("triples", "seconds"))
+            each = " ".join(f"{mrr:.3f}" for mrr in reached)
+            print(
+                f"{name:24} {system:20} {len(outcomes):5} {triples:8.0f} {seconds:6.0f} {statistics.mean(reached):6.3f} {each}"
+            )
+    if timed := {name.removeprefix("time "): systems for name, systems in found.items() if name.startswith("time")}:
+        draw(timed, out / "quality.png")
+
+
+def draw(graphs: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Draw valid MRR against training time, a panel for each graph: seeds as thin lines, their mean as a thick one."""
+    figure = Figure(figsize=(5.2 * len(graphs), 4.0), layout="constrained", facecolor="white")
+    for panel, (graph, systems) in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs.items(), strict=True):
+        for system, colour in COLOURS.items():
+            curves = [np.array(outcome["points"]) for outcome in systems.get(system, [])]
+            for curve in curves:
+                panel.plot(curve[:, 0], curve[:, 2], color=colour, linewidth=0.7, alpha=0.5)
+            if curves:
+                mean = np.mean(curves, axis=0)
+                panel.plot(mean[:, 0], mean[:, 2], color=colour, linewidth=2.2, marker="o", markersize=4,
+                           label=f"{system}  {mean[-1, 2]:.3f}")  # fmt: skip
+        panel.set_title(graph, fontsize=11, loc="left", fontweight="bold")
+        panel.set_xlabel("training time (processor seconds, one thread)")
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
+        panel.grid(color="#e8e8e8", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(
+            title="mean over seeds at the end", fontsize=8.5, title_fontsize=8.5, loc="lower right", frameon=False
+        )
+    figure.axes[0].set_ylabel("valid MRR (150 triples, 1,000 candidates)")
+    figure.savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+    main()
