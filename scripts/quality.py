@@ -1,12 +1,13 @@
 """Compare what systems learn, not how fast they are: at equal examples, or at equal training time.
 
     python scripts/quality.py examples --out DIR      # published recipe and kalm on exactly the same triples, test MRR
-    python scripts/quality.py time --out DIR          # ways of batching and banks of negatives, valid MRR against time
+    python scripts/quality.py time --out DIR          # ways of batching, valid MRR against time
     python scripts/quality.py show --out DIR          # tables and a figure of what is there
 
-Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor time of the
-steps, batches and optimiser included and evaluations not, so that two trials may run side by side. Names only, LoRA r 8 on
-the feed-forward part, dropout 0.05, AdamW at 1e-3: a tenth of warm-up, then cosine to 0, by the share of the budget used.
+Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor
+time of the steps, batches and optimiser included and evaluations not, so that two trials may run side by side. Names
+only, LoRA r 8 on the feed-forward part, dropout 0.05, AdamW at 1e-3: a tenth of warm-up, then cosine to 0, by the share
+of the budget used.
 """
 
 import argparse
@@ -34,16 +35,15 @@ from pykalm.files import replace_file
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import both_directions
 from pykalm.graph.subgraph import sample_for_validation
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import joint_gradient
 from pykalm.model.run import Run, build_run, load_base
 
-EXAMPLES, TIME = ("random", "published"), ("random", "neighbourhood", "random+bank", "neighbourhood+bank")
+EXAMPLES, TIME = ("random", "published"), ("random", "neighbourhood")
 SMALL_BATCH = BATCH_SIZE // 2
 """Triples of a step at equal examples: both directions of them are as many examples as a published step has."""
 RATE, WARM_UP = 1e-3, 0.1
-COLOURS = {"random": "#777777", "random+bank": "#61a5c2", "neighbourhood": "#d97706", "neighbourhood+bank": "#9b2226"}
+COLOURS = {"random": "#2a6f97", "neighbourhood": "#d97706"}
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def run(trial: Trial, out: Path) -> str:
 
 def prepare(trial: Trial) -> Run:
     """Return a run that is nowhere on disk, with new adapters."""
-    batching, _, bank = trial.system.partition("+")
-    published = batching == "published"
+    published = trial.system == "published"
     config = Config(
         graph=trial.graph,
         seed=trial.seed,
@@ -142,11 +141,10 @@ def prepare(trial: Trial) -> Run:
         adapter=AdapterSettings(rank=8, alpha=16, dropout=0.05, targets="mlp"),
         objective=ObjectiveSettings(
             completion_share=COMPLETIONS / SMALL_BATCH,
-            bank="plain" if bank else "none",
             learn_temperature=not published,
         ),
         training=TrainingSettings(
-            batch_size=trial.batch_size, batching="random" if published else batching, device="cpu"
+            batch_size=trial.batch_size, batching="random" if published else trial.system, device="cpu"
         ),
     )
     return build_run(Path("quality"), config, load_graph(trial.graph), load_base(config), temperature=0.05)
@@ -192,14 +190,11 @@ def steps(trial: Trial, prepared: Run) -> Iterator[float]:
             chosen = directed[start : start + BATCH_SIZE]
             recipe.gradient(chosen, chosen[:COMPLETIONS])
             yield len(chosen) / 2
-    builder, bank = batch_builder(prepared), None
-    if prepared.config.objective.bank != "none":
-        texts = prepared.verbalizer.candidates(np.arange(prepared.graph.num_entities))
-        bank = EntityBank(texts, prepared.encoder.width, prepared.config.objective, device=prepared.encoder.device)
+    builder = batch_builder(prepared)
     order = TripleOrder(drawn, trial.batch_size, trial.seed, prepared.config.training.batching)
     for number in range(10**9):
         batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))
-        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20, bank=bank)
+        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
         yield batch.num_triples
 
 

@@ -21,7 +21,6 @@ from pykalm.graph.check import GraphCheck, check_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
 from pykalm.learn.state import STATE_FILE
@@ -255,7 +254,6 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
         run.path,
         save_best=lambda progress: run.save_aligned(step=progress.step, valid_mrr=progress.best_mrr),
         validate=_validation(run),
-        bank=_bank(run),
         watch=watch or (lambda report: None),
         fingerprints={
             "graph": graph.fingerprint(),
@@ -263,15 +261,6 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
             "texts": run.verbalizer.fingerprint(),
         },
     )
-
-
-def _bank(run: Run) -> EntityBank | None:
-    """Return the empty bank of negatives of a run, or None where its settings want none."""
-    objective = run.config.objective
-    if objective.bank == "none":
-        return None
-    texts = run.verbalizer.candidates(np.arange(run.graph.num_entities))
-    return EntityBank(texts, run.encoder.width, objective, device=run.encoder.device)
 
 
 def _validation(run: Run) -> Callable[[], float] | None:

@@ -80,30 +80,12 @@ class ObjectiveSettings(Settings):
         le=1,
         description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
     )
-    bank: Literal["none", "plain", "momentum"] = Field(
-        "none",
-        description="Whether entities of earlier steps are negatives too, with the vectors that they had then: `plain`"
-        " keeps the last one of each, `momentum` a running mean (docs/method.md §2).",
-    )
-    bank_momentum: float = Field(
-        0.5, gt=0, lt=1, description="Weight of the old vector in the mean of `objective.bank=momentum`."
-    )
-    bank_age: Positive | None = Field(
-        None, description="Steps after which a vector of the bank no longer counts; null keeps all."
-    )
 
     @model_validator(mode="after")
     def check_something_is_trained(self) -> Self:
         """Refuse an objective without any loss."""
         if not (self.explicit or self.implicit):
             raise ValueError("wanted at least one of objective.explicit and objective.implicit true; found both false")
-        return self
-
-    @model_validator(mode="after")
-    def check_the_bank_has_a_loss(self) -> Self:
-        """Refuse a bank of negatives where there is no contrast."""
-        if self.bank != "none" and not self.explicit:
-            raise ValueError(f"wanted objective.bank none where objective.explicit is false; found {self.bank}")
         return self
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from pykalm.config import ObjectiveSettings, TextSettings
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import Batch, BatchBuilder
 from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model.adapters import add_adapter
@@ -81,7 +80,6 @@ def gradients(
     *,
     memory_tokens: int = 1 << 20,
     seed: int = 0,
-    bank: EntityBank | None = None,
     **objective: Any,
 ) -> tuple[StepLoss, dict[str, Tensor]]:
     """Return the losses of a step and a copy of the gradient of every parameter that learns; λ is 1 by default."""
@@ -89,7 +87,7 @@ def gradients(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = ObjectiveSettings(**{"implicit_weight": 1.0, **objective})
-        loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens, bank=bank)
+        loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens)
     return loss, copied_gradients(encoder)
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from pykalm import processes
-from pykalm.config import ObjectiveSettings
 from pykalm.learn import step
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import Batch
 from pykalm.learn.step import StepLoss
 from pykalm.model.adapters import add_adapter
@@ -37,7 +35,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import TOKENIZER_SIZE, tiny_model
 
 # What is computed, by which way: both ways, each objective alone, every weight of a model whose output head is its own,
-# a trie of one row, of which all processes but one have nothing, no vectors and no answers, and a bank of negatives.
+# a trie of one row, of which all processes but one have nothing, no vectors and no answers.
 CASES: dict[str, dict[str, Any]] = {
     "one graph": {},
     "cached": {"memory_tokens": 1},
@@ -47,12 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "every weight, explicit alone, cached": {"kind": "full", "implicit": False, "memory_tokens": 1},
     "one row": {"row_tokens": 4096, "chunk_tokens": 4096},
     "one row, cached": {"row_tokens": 4096, "chunk_tokens": 4096, "memory_tokens": 1},
-    "bank": {"bank": "plain"},
-    "bank, cached": {"bank": "momentum", "memory_tokens": 1},
 }
-
-
-BANK_STEPS = (((0, 0, 3), (1, 1, 5)), ((0, 0, 2), (4, 0, 2)))
 
 
 def encoder_of(kind: str = "lora", *, row_tokens: int = 56, chunk_tokens: int = 64, **_: Any) -> Encoder:
@@ -75,14 +68,7 @@ def gradients_of(case: str, *, sharded: bool) -> tuple[StepLoss, dict[str, Tenso
     if sharded:
         encoder.share_weights_out()
     memory_tokens = settings.get("memory_tokens", 1 << 20)
-    bank, steps = None, [batch_of(encoder, **settings)]
-    if "bank" in settings:  # the second step meets the entities of the first
-        verbalizer = tiny_verbalizer(tiny_graph())
-        objective = ObjectiveSettings(bank=settings["bank"])
-        bank = EntityBank(verbalizer.candidates(np.arange(6)), encoder.width, objective, device=encoder.device)
-        steps = [build_batch(encoder, verbalizer, triples) for triples in BANK_STEPS]
-    for batch in steps:
-        loss, found = gradients(encoder, batch, memory_tokens=memory_tokens, bank=bank)
+    loss, found = gradients(encoder, batch_of(encoder, **settings), memory_tokens=memory_tokens)
     return loss, {name: whole(gradient) for name, gradient in found.items()}
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from pykalm import api
 from pykalm.errors import ConfigError, RunError
 from pykalm.learn import train as train_module
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.state import read_metrics
 from pykalm.learn.train import StepReport
 from pykalm.model import run as run_module
@@ -102,17 +101,6 @@ def test_stop_and_resume_equals_uninterrupted() -> None:
             assert losses == expected
 
 
-def test_stop_and_resume_equals_uninterrupted_with_a_bank_of_negatives() -> None:
-    """Three steps an epoch of two triples each: the bank holds entities that a resumed step does not read."""
-    settings = {**SETTINGS, "training.batch_size": 2, "objective.bank": "momentum"}
-    with workshop() as (folder, model):
-        trained(folder / "whole", model, **settings)
-        stopped_and_resumed(folder / "resumed", model, stop_after=3, settings=settings)
-        whole, found = learned(folder / "whole"), learned(folder / "resumed")
-        assert found.keys() == whole.keys()
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
-
-
 def test_wrong_fingerprint_raises() -> None:
     with workshop() as (folder, model):
         trained(folder / "run", model)
@@ -170,10 +158,6 @@ def optimizer_starts_anew() -> AbstractContextManager[None]:
     return replaced(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
 
 
-def bank_starts_anew() -> AbstractContextManager[None]:
-    return replaced(EntityBank, "load_state_dict", lambda self, state: None)
-
-
 def any_fingerprint_will_do() -> AbstractContextManager[None]:
     """Reuse cached vectors whatever the weights. METHOD.md §7.5."""
     return replaced(Encoder, "fingerprint", lambda self: "same")
@@ -183,13 +167,11 @@ BREAKS = {
     "the temperature is not saved": temperature_is_not_saved,
     "dropout goes on from the process": dropout_goes_on_from_the_process,
     "the optimiser starts anew": optimizer_starts_anew,
-    "the bank starts anew": bank_starts_anew,
     "any fingerprint will do": any_fingerprint_will_do,
 }
 CHECKS = {
     "the temperature is not saved": "test_a_saved_run_encodes_the_same_bits",
     "dropout goes on from the process": "test_stop_and_resume_equals_uninterrupted",
     "the optimiser starts anew": "test_stop_and_resume_equals_uninterrupted",
-    "the bank starts anew": "test_stop_and_resume_equals_uninterrupted_with_a_bank_of_negatives",
     "any fingerprint will do": "test_index_of_other_weights_is_refused",
 }

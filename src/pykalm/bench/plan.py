@@ -47,9 +47,9 @@ NEIGHBOURHOOD_BATCH_FACTOR = 2
 class Plan:
     """Hold what is measured, on what, and how often.
 
-    batch_size: triples of a random kalm step, 0 for one that suits the device, neighbourhood steps take more; repeats: rounds that count, after one that does
-    not; entities: how many are embedded, 0 for all; loop_queries: queries of the published ranking loop, which is timed on
-    a sample.
+    batch_size: triples of a random kalm step, 0 for one that suits the device, neighbourhood steps take more; repeats:
+    rounds that count, after one that does not; entities: how many are embedded, 0 for all; loop_queries: queries of the
+    published ranking loop, which is timed on a sample.
     """
 
     model: str = "smollm2-135m"

@@ -21,9 +21,7 @@ class Batch:
 
     query_nodes (B,), candidate_nodes (C,): where the distinct query and candidate texts are pooled;
     positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where a pair is a known training
-    triple; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict;
-    candidate_entities (C,): an entity of each candidate text; known_answers (K, 2): every known answer of every query, as
-    rows (query, entity), whether or not it is a candidate.
+    triple; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict.
     """
 
     trie: TokenTrie
@@ -33,8 +31,6 @@ class Batch:
     known: npt.NDArray[np.bool_]
     answer_nodes: IntArray
     answer_tokens: IntArray
-    candidate_entities: IntArray
-    known_answers: IntArray
     num_triples: int
 
 
@@ -107,13 +103,8 @@ class BatchBuilder:
             np.stack([query_of, tail_of], axis=1),
             np.stack(self.known.pairs(heads, relations, entities), axis=1),
         )
-        text_of_query = np.searchsorted(query_nodes, last[:num_queries])
-        offsets, answers = self.known.lookup(heads[:num_queries], relations[:num_queries])
-        bearers = np.unique(last[num_queries:num_pooled], return_index=True)[1]
         return Batch(
             trie, query_nodes, candidate_nodes, positives, known, answer_nodes, answer_tokens,
-            candidate_entities=entities[bearers],
-            known_answers=np.stack([np.repeat(text_of_query, np.diff(offsets)), answers], axis=1),
             num_triples=len(triples),
         )  # fmt: skip
 

@@ -39,9 +39,8 @@ def save_state(
     optimizer: Any,
     progress: Progress,
     fingerprints: dict[str, str],
-    bank: nn.Module | None = None,
 ) -> None:
-    """Save learned weights (by name), optimiser, progress and bank. Raises TrainingError where writing fails.
+    """Save learned weights (by name), optimiser and progress. Raises TrainingError where writing fails.
 
     No random state: batches and dropout are functions of seed and step. All processes call it, the main one writes;
     tensors are saved whole, so that another number of processes can go on with them.
@@ -51,7 +50,6 @@ def save_state(
         "optimizer": _each_tensor(optimizer.state_dict(), lambda _, tensor: whole(tensor)),
         "progress": asdict(progress),
         "fingerprints": fingerprints,
-        "bank": {name: part.cpu() for name, part in bank.state_dict().items()} if bank is not None else {},
     }
     on_main(lambda: replace_file(run_folder / STATE_FILE, lambda file: _write(state, file)))
 
@@ -75,9 +73,8 @@ def load_state(
     parameters: dict[str, nn.Parameter],
     optimizer: Any,
     fingerprints: dict[str, str],
-    bank: nn.Module | None = None,
 ) -> Progress:
-    """Fill weights, optimiser and bank from the last save; return its progress, or that of a new run where none was saved.
+    """Fill weights and optimiser from the last save; return its progress, or that of a new run where none was saved.
 
     Raises RunError where the file is damaged, or graph, model or texts are not those that it was saved with.
     """
@@ -106,8 +103,6 @@ def load_state(
         optimizer.load_state_dict(
             _each_tensor(state["optimizer"], lambda number, tensor: part_like(tensor, numbered[number]))
         )
-        if bank is not None:
-            bank.load_state_dict(state["bank"])
         return Progress(**state["progress"])
     except DAMAGE as error:
         raise RunError(

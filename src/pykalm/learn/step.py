@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pykalm.config import ObjectiveSettings
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
 from pykalm.model.encoder import Encoder, pooled
@@ -55,44 +54,37 @@ class _Share:
     tokens: int
 
 
-def joint_gradient(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int, bank: EntityBank | None = None
-) -> StepLoss:
+def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int) -> StepLoss:
     """Add the gradient of L = L_exp + λ · L_imp to every parameter; return the losses. METHOD.md §4, §6.
 
     A trie of more than memory_tokens nodes is computed twice: once without a graph, for all vectors and the gradient of
     L_exp at them, then chunk by chunk with one, so that memory holds one chunk however large the batch is. Dropout draws
-    the same numbers both times. The temperature takes part in both ways. A bank adds its negatives to L_exp, and then
-    takes in the vectors of the batch.
+    the same numbers both times. The temperature takes part in both ways.
 
     All processes call this with the same batch and empty gradients; each computes its share of the rows. Losses and
     gradients are in every one of them those that one process would find. METHOD.md §7.13.
     """
     share = _share(encoder, batch)
     compute = _in_one_graph if share.tokens <= memory_tokens else _cached
-    explicit, implicit = compute(encoder, batch, objective, share, bank=bank)
+    explicit, implicit = compute(encoder, batch, objective, share)
     _sum_over_processes(encoder, implicit)
     total = float(explicit) + objective.implicit_weight * float(implicit)
     return StepLoss(total, float(explicit), float(implicit))
 
 
-def _in_one_graph(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share, *, bank: EntityBank | None
-) -> tuple[Tensor, Tensor]:
+def _in_one_graph(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
     """Return L_exp and this process's part of L_imp, after one backward pass."""
     states = [encoder(chunk.group, shared=batch.trie.shared) for chunk in share.chunks]
     vectors = [pooled(_at(part, chunk.pooled_places)) for part, chunk in zip(states, share.chunks, strict=True)]
     own = _in_order(vectors, share.chunks, len(share.own))
-    explicit = _explicit(encoder, batch, objective, own, share, bank=bank)
+    explicit = _explicit(encoder, batch, objective, own, share)
     sums = [_implicit_sum(encoder, batch, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
     implicit = sum(sums, torch.zeros((), device=encoder.device)) / max(1, len(batch.answer_nodes))
     _backward(explicit + objective.implicit_weight * implicit)
     return explicit.detach(), implicit.detach()
 
 
-def _cached(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share, *, bank: EntityBank | None
-) -> tuple[Tensor, Tensor]:
+def _cached(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
     """Return L_exp and this process's part of L_imp, after two passes over its chunks."""
     device, generators, vectors = encoder.device, [], []
     explicit, gradient = torch.zeros((), device=device), None
@@ -102,7 +94,7 @@ def _cached(
             with torch.no_grad():
                 vectors.append(pooled(_at(encoder(chunk.group, shared=batch.trie.shared), chunk.pooled_places)))
         leaves = _in_order(vectors, share.chunks, len(share.own)).requires_grad_()
-        explicit = _explicit(encoder, batch, objective, leaves, share, bank=bank)
+        explicit = _explicit(encoder, batch, objective, leaves, share)
         _backward(explicit)
         gradient = leaves.grad
     implicit, num_answers = torch.zeros((), device=device), max(1, len(batch.answer_nodes))
@@ -148,31 +140,22 @@ def _idle_chunk(batch: Batch) -> _Chunk:
     return _Chunk(row_group(batch.trie, np.zeros(1, dtype=np.int64)), nothing, nothing, nothing, nothing)
 
 
-def _explicit(
-    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own: Tensor, share: _Share, *, bank: EntityBank | None
-) -> Tensor:
-    """Return L_exp from this process's vectors (n, D) and those of the others, or 0 where it is off.
-
-    A bank then holds the candidates of all processes in every one of them.
-    """
+def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own: Tensor, share: _Share) -> Tensor:
+    """Return L_exp from this process's vectors (n, D) and those of the others, or 0 where it is off."""
     if not len(batch.positives):
         return torch.zeros((), device=encoder.device)
     device, vectors = encoder.device, gather_rows(own, share.owners)
     rows = [torch.from_numpy(np.searchsorted(share.pooled_nodes, nodes)).to(device)
             for nodes in (batch.query_nodes, batch.candidate_nodes)]  # fmt: skip
     query, candidates = vectors[rows[0]], vectors[rows[1]]
-    loss = dual_view_loss(
+    return dual_view_loss(
         query,
         candidates,
         log_scale=encoder.log_inverse_temperature,
         margin=objective.margin,
         positives=torch.from_numpy(batch.positives).to(device),
         known=torch.from_numpy(batch.known).to(device),
-        bank=None if bank is None else bank.negatives(batch),
     )
-    if bank is not None:
-        bank.keep(batch, candidates)
-    return loss
 
 
 def _implicit_sum(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk) -> Tensor:

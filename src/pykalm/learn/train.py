@@ -19,7 +19,6 @@ from torch import nn
 
 from pykalm.config import Config
 from pykalm.errors import ModelError, ProcessError, TrainingError
-from pykalm.learn.bank import EntityBank
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
 from pykalm.learn.clipping import clip_gradients
 from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
@@ -65,8 +64,7 @@ class Trainer:
 
     validate: returns the valid MRR of the encoder as it is, or None is given where the graph has no valid split;
     fingerprints: of what must not change between a stop and a resume;
-    save_best: puts the weights where the run's users find them; bank: further negatives, or None; watch: is told of
-    every step.
+    save_best: puts the weights where the run's users find them; watch: is told of every step.
     Of several processes all run it, with the same contents; the main one alone writes and calls watch.
     """
 
@@ -78,7 +76,6 @@ class Trainer:
     save_best: Callable[[Progress], None]
     fingerprints: dict[str, str]
     validate: Callable[[], float] | None = None
-    bank: EntityBank | None = None
     watch: Callable[[StepReport], None] = lambda report: None
 
     @property
@@ -103,7 +100,7 @@ class Trainer:
             _built_ahead(self._build, self.num_steps, self.encoder.device) as batch_at,
         ):
             optimizer = _optimizer(parameters, self.config)
-            progress = load_state(self.folder, parameters, optimizer, self.fingerprints, self.bank)
+            progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
             self._require_the_same_everywhere(progress)
             metrics, speed = on_main(lambda: MetricsLog(self.folder, step=progress.step)), _Speed()
             self.encoder.train()
@@ -117,7 +114,6 @@ class Trainer:
                         batch,
                         self.config.objective,
                         memory_tokens=training.memory_tokens,
-                        bank=self.bank,
                     )
                 norm = clip_gradients(parameters.values(), training.clip_norm)
                 _require_numbers(loss, norm, step, progress)
@@ -137,7 +133,7 @@ class Trainer:
                 # Asked once, in all processes: an interrupt after the save is for the next step.
                 (stopped,) = any_of([interrupted.is_set()])
                 if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
-                    save_state(self.folder, parameters, optimizer, progress, self.fingerprints, self.bank)
+                    save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
                 if is_main():
                     self.watch(report)
                 if stopped:
