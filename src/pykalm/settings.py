@@ -33,6 +33,10 @@ class TextSettings(Settings):
     max_answer_tokens: Positive = Field(
         64, description="Cut of a completion's answer, in tokens (paper: 256 for the whole completion)."
     )
+    pooling: Literal["last", "mean"] = Field(
+        "last",
+        description="Which states make the vector of a text: that of its last token (paper), or the mean over all its tokens.",
+    )
 
 
 class AdapterSettings(Settings):
@@ -79,6 +83,11 @@ class ObjectiveSettings(Settings):
         gt=0,
         le=1,
         description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
+    )
+    views: Literal["both", "query", "candidate"] = Field(
+        "both",
+        description="Which views L_exp is the mean of: `query` finds the answer of a query, `candidate` the query of an"
+        " answer (paper: both).",
     )
 
     @model_validator(mode="after")

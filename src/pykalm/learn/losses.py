@@ -1,5 +1,7 @@
 """The two objectives as pure functions of states: dual-view contrast (L_exp) and triple completion (L_imp)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,11 @@ def dual_view_loss(
     margin: float,
     positives: Tensor,
     known: Tensor,
+    views: Literal["both", "query", "candidate"] = "both",
 ) -> Tensor:
     """Return L_exp = ½ · (L(hr→t) + L(t→hr)), the mean over P positives of both views. METHOD.md §2.
+
+    views "query" is L(hr→t) alone, "candidate" L(t→hr) alone.
 
     query (B, D) and candidates (C, D): unit rows, each distinct text once; log_scale: log(1/τ), a scalar;
     positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where (query, candidate) is any
@@ -30,9 +35,12 @@ def dual_view_loss(
     i, j = positives.T
     positive = scores[i, j] - margin * scale
     negative = scores.masked_fill(known, MASKED)
-    tails = F.softplus(negative.logsumexp(dim=1)[i] - positive)
-    heads = F.softplus(negative.logsumexp(dim=0)[j] - positive)
-    return (tails.mean() + heads.mean()) / 2
+    losses = []
+    if views != "candidate":
+        losses.append(F.softplus(negative.logsumexp(dim=1)[i] - positive).mean())
+    if views != "query":
+        losses.append(F.softplus(negative.logsumexp(dim=0)[j] - positive).mean())
+    return torch.stack(losses).mean()
 
 
 def completion_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

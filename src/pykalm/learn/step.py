@@ -75,7 +75,7 @@ def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings,
 def _in_one_graph(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
     """Return L_exp and this process's part of L_imp, after one backward pass."""
     states = [encoder(chunk.group, shared=batch.trie.shared) for chunk in share.chunks]
-    vectors = [pooled(_at(part, chunk.pooled_places)) for part, chunk in zip(states, share.chunks, strict=True)]
+    vectors = [_vectors(encoder, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
     own = _in_order(vectors, share.chunks, len(share.own))
     explicit = _explicit(encoder, batch, objective, own, share)
     sums = [_implicit_sum(encoder, batch, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
@@ -92,7 +92,7 @@ def _cached(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share:
         for chunk in share.chunks:
             generators.append(_random_state(device))
             with torch.no_grad():
-                vectors.append(pooled(_at(encoder(chunk.group, shared=batch.trie.shared), chunk.pooled_places)))
+                vectors.append(_vectors(encoder, encoder(chunk.group, shared=batch.trie.shared), chunk))
         leaves = _in_order(vectors, share.chunks, len(share.own)).requires_grad_()
         explicit = _explicit(encoder, batch, objective, leaves, share)
         _backward(explicit)
@@ -105,8 +105,7 @@ def _cached(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share:
         chunk_implicit = _implicit_sum(encoder, batch, states, chunk) / num_answers
         total = objective.implicit_weight * chunk_implicit
         if gradient is not None:
-            vector = pooled(_at(states, chunk.pooled_places))
-            total = total + (vector * _at(gradient, chunk.pooled)).sum()
+            total = total + (_vectors(encoder, states, chunk) * _at(gradient, chunk.pooled)).sum()
         _backward(total)
         implicit += chunk_implicit.detach()
     return explicit.detach(), implicit
@@ -153,6 +152,7 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
         candidates,
         log_scale=encoder.log_inverse_temperature,
         margin=objective.margin,
+        views=objective.views,
         positives=torch.from_numpy(batch.positives).to(device),
         known=torch.from_numpy(batch.known).to(device),
     )
@@ -208,6 +208,10 @@ def _sum_over_processes(encoder: Encoder, implicit: Tensor) -> None:
 def _backward(loss: Tensor) -> None:
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _vectors(encoder: Encoder, states: Tensor, chunk: _Chunk) -> Tensor:
+    return pooled(encoder.read(states, chunk.group, chunk.pooled_places))
 
 
 def _at(states: Tensor, places: IntArray) -> Tensor:

@@ -16,9 +16,10 @@ from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
+from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
 from pykalm.processes import failing_together, gather_rows, rank, share_out
-from pykalm.text.texts import Texts, TokenIds, sorted_rows
+from pykalm.text.texts import IntArray, Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
 
 TEXTS_AT_ONCE = 1 << 16
@@ -28,9 +29,10 @@ Progress = Callable[[int, int], None]
 class Encoder(nn.Module):
     """Map texts to unit vectors: the last layer's state (after the final norm) at a text's last token. METHOD.md §1.
 
-    Knows nothing of strings. `packed` says whether the texts of a batch share one trie; where a model cannot take its
-    mask, every text is a row of its own. log(1/τ) is a parameter here, so it is optimised and saved with the model.
-    In eval mode until a trainer calls train(); dropout then is that of the model's own config, plus the adapter's.
+    With pooling "mean" it is the mean over all tokens of the text. Knows nothing of strings. `packed` says whether the
+    texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. log(1/τ) is a
+    parameter here, so it is optimised and saved with the model. In eval mode until a trainer calls train(); dropout
+    then is that of the model's own config, plus the adapter's.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class Encoder(nn.Module):
         chunk_tokens: int = 2048,
         packed: bool = True,
         attention: Literal["auto", "sdpa", "flex"] = "auto",
+        pooling: Literal["last", "mean"] = "last",
     ) -> None:
         super().__init__()
         self.model = model
         self.source_fingerprint = source_fingerprint
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
-        self.wanted_attention = attention
+        self.wanted_attention, self.pooling = attention, pooling
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
@@ -131,6 +134,10 @@ class Encoder(nn.Module):
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
         return states[:, :width].flatten(0, 1)
 
+    def read(self, states: Tensor, group: RowGroup, places: IntArray) -> Tensor:
+        """Return what the vectors (P, D) of texts are made of, from the states of their group and the places where they end."""
+        return POOLINGS[self.pooling](states, group, places)
+
     def own_logits(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return states (T, D) of a text (T,) and the logits (T, V) that the model itself gives, whatever `logits` does."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
@@ -204,8 +211,8 @@ class Encoder(nn.Module):
             for done, rows in enumerate(own_chunks):
                 group = row_group(trie, rows)
                 which, places = group.find(own)
-                states = self(group, shared=trie.shared)[torch.from_numpy(places).to(self.device)]
-                vectors[torch.from_numpy(which)] = pooled(states).cpu()
+                states = self(group, shared=trie.shared)
+                vectors[torch.from_numpy(which)] = pooled(self.read(states, group, places)).cpu()
                 report(trie.num_nodes * (done + 1) // len(own_chunks))
             for _ in range(idle):  # all processes gather the weights for every pass
                 self(row_group(trie, chunks[0][:1]), shared=trie.shared)
@@ -216,8 +223,9 @@ class Encoder(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def fingerprint(self) -> str:
-        """Return a sha256 over base model, learned weights, temperature and passes: equal means equal vectors."""
-        digest = hashlib.sha256(f"{self.source_fingerprint} {self.compute_dtype} {self.packed}".encode())
+        """Return a sha256 over base model, learned weights, temperature, passes and pooling: equal means equal vectors."""
+        pooling = "" if self.pooling == "last" else f" {self.pooling}"  # none was named before there was another
+        digest = hashlib.sha256(f"{self.source_fingerprint} {self.compute_dtype} {self.packed}{pooling}".encode())
         for name, parameter in sorted({**self.trainable(), "τ": self.log_inverse_temperature}.items()):
             digest.update(name.encode())
             digest.update(whole(parameter.detach()).float().cpu().numpy().tobytes())

@@ -72,13 +72,14 @@ def largest_allowed(encoder: Encoder, noise: float) -> float:
 def _embed_as(
     encoder: Encoder, texts: list[TokenIds], *, packed: bool, row_tokens: int, chunk_tokens: int
 ) -> torch.Tensor:
-    """Embed texts with other passes than the encoder's own, which it keeps."""
-    kept = encoder.packed, encoder.row_tokens, encoder.chunk_tokens
+    """Embed texts with other passes than the encoder's own, which it keeps, by their last tokens: a mean would hide much."""
+    kept = encoder.packed, encoder.row_tokens, encoder.chunk_tokens, encoder.pooling
     try:
         encoder.packed, encoder.row_tokens, encoder.chunk_tokens = packed, row_tokens, chunk_tokens
+        encoder.pooling = "last"
         return encoder.embed(texts)
     finally:
-        encoder.packed, encoder.row_tokens, encoder.chunk_tokens = kept
+        encoder.packed, encoder.row_tokens, encoder.chunk_tokens, encoder.pooling = kept
 
 
 def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:

@@ -71,7 +71,7 @@ class Run:
             "format": FORMAT,
             "log_inverse_temperature": float(self.encoder.log_inverse_temperature.detach()),
             "temperature": self.encoder.temperature(),
-            "pooling": "last",
+            "pooling": self.config.text.pooling,
             "templates": self.verbalizer.templates.to_dict(),
             "text": self.config.text.model_dump(mode="json"),
             "model": self.config.model,
@@ -144,6 +144,7 @@ def build_encoder(
         row_tokens=row_tokens(config, process_device() if wants_sharding() else next(model.parameters()).device),
         chunk_tokens=chunk_tokens(config, next(model.parameters()).device),
         attention=training.attention,
+        pooling=config.text.pooling,
     )
     if wants_sharding():
         encoder.share_weights_out()

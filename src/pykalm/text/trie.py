@@ -91,6 +91,16 @@ class RowGroup:
         inside = np.flatnonzero(flat[places[at]] == nodes)
         return inside, places[at[inside]]
 
+    def paths_to(self, places: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the places (n,) of all tokens of P texts that end at given places, and where each text starts there (P + 1,).
+
+        A row holds the whole path of every text that ends in it, and a token is on it where the last one sees it.
+        """
+        rows, columns = np.divmod(places, self.ends.shape[1])
+        on_path = (np.arange(self.ends.shape[1]) <= columns[:, None]) & (self.ends[rows] > columns[:, None])
+        text, column = np.nonzero(on_path)
+        return rows[text] * self.ends.shape[1] + column, starts_of(on_path.sum(axis=1))
+
 
 def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: bool = True) -> TokenTrie:
     """Build the trie of N texts (each at least one token), in rows of at most row_tokens, or of one longer text.

@@ -123,7 +123,8 @@ class Verbalizer:
     def fingerprint(self) -> str:
         """Return a sha256 over wordings, cuts, tokenizer and the graph's texts: equal means the same token ids."""
         graph = self.graph
-        content = [self.templates.to_dict(), self.settings.model_dump(), self.tokenizer_fingerprint(),
+        settings = self.settings.model_dump(exclude={"pooling"})  # no token depends on how texts are pooled
+        content = [self.templates.to_dict(), settings, self.tokenizer_fingerprint(),
                    graph.entity_names, graph.entity_descriptions, graph.relation_texts, graph.inverse_texts]  # fmt: skip
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
