@@ -87,7 +87,7 @@ def train(
 class UnsavedReport(RunError):
     """Say that a measurement is done but could not be written; `report` holds it."""
 
-    def __init__(self, message: str, report: LinkPredictionReport) -> None:
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 
@@ -131,10 +131,10 @@ def evaluate_links(
     )
     if own and saved is None:
         _keep_index(index, run.path / "index")
-    parts = ["links", _graph_label(run.graph) if graph is not None else "", split if split != "test" else "",
-             f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
+    label = _graph_label(run.graph) if graph is not None else ""
+    name = results_name("links", graph=label, split=split, limit=limit, baseline=baseline)
     try:
-        on_main(lambda: report.save(run.path / "results", ".".join(part for part in parts if part)))
+        on_main(lambda: report.save(run.path / "results", name))
     except KalmError as error:
         raise UnsavedReport(f"measured, but not saved. {error}", report) from error
     return report
@@ -294,6 +294,13 @@ def _keep_index(index: EntityIndex, folder: Path) -> None:
         on_main(lambda: index.save(folder))
     except KalmError as error:
         log.warning("kalm: the entity vectors are not kept for the next time. %s", error)
+
+
+def results_name(kind: str, *, split: str, graph: str = "", limit: int | None = None, baseline: bool = False) -> str:
+    """Name the files of a measurement under RUN/results: its kind, then whatever is not as it mostly is."""
+    parts = [kind, graph, split if split != "test" else "", f"{limit}-triples" if limit else "",
+             "baseline" if baseline else ""]  # fmt: skip
+    return ".".join(part for part in parts if part)
 
 
 def _graph_label(graph: KnowledgeGraph) -> str:

@@ -81,24 +81,24 @@ def mean_of_means() -> AbstractContextManager[None]:
 
 def labels_are_shifted() -> AbstractContextManager[None]:
     """Let every node predict its own token."""
-    right = batches._answers
+    right = batches.answer_positions
 
     def wrong(trie: Any, completions: Any, *, start: int) -> Any:
         nodes, _tokens = right(trie, completions, start=start)
         return nodes, trie.token_ids[nodes].astype(np.int64)
 
-    return replaced(batches, "_answers", wrong)
+    return replaced(batches, "answer_positions", wrong)
 
 
 def the_end_is_not_learned() -> AbstractContextManager[None]:
     """Leave the end token out, so that the model never learns to stop. METHOD.md §7.9."""
-    right = batches._answers
+    right = batches.answer_positions
 
     def wrong(trie: Any, completions: Any, *, start: int) -> Any:
         endless = Texts.of([text[:-1] for text in completions.texts])
         return right(trie, dataclasses.replace(completions, texts=endless), start=start)
 
-    return replaced(batches, "_answers", wrong)
+    return replaced(batches, "answer_positions", wrong)
 
 
 BREAKS = {

@@ -151,7 +151,7 @@ def _count_rows(
     lead, apart = (torch.zeros(len(thresholds), dtype=torch.int64, device=device) for _ in range(2))
     looked_up = torch.empty(len(order), device=device)
     for block, (start, stop) in zip(candidates.blocks, pairwise(edges.tolist()), strict=True):
-        scores = _products(query, candidates.choose(block))
+        scores = products(query, candidates.choose(block))
         here = slice(start, stop)
         looked_up[here] = scores[queries[here], rows[here] - block.start]
         weights = candidates.entities_of_row[block].to(device)
@@ -166,11 +166,11 @@ def _count_rows(
     return ((lead + apart) // 2).cpu().numpy(), level.cpu().numpy(), unsorted.cpu().numpy()
 
 
-def _products(query: Tensor, vectors: Tensor) -> Tensor:
-    """Return the scores (Q, C) of query (Q, D) with vectors (C, D)."""
+def products(query: Tensor, vectors: Tensor) -> Tensor:
+    """Return the scores (Q, C) of query (Q, D) with vectors (C, D): the same numbers however the vectors are cut."""
     if min(len(query), len(vectors)) < TILE:
         padded = (F.pad(side, (0, 0, 0, max(0, TILE - len(side)))) for side in (query, vectors))
-        return _products(*padded)[: len(query), : len(vectors)]
+        return products(*padded)[: len(query), : len(vectors)]
     return query @ vectors.T
 
 

@@ -69,11 +69,15 @@ class LinkPredictionReport:
 
     def save(self, folder: Path, name: str = "links") -> Path:
         """Write `name`.ranks.tsv, with all that the numbers need, and `name`.json; returns its path."""
-        ranks = "\n".join([RANKS_HEADER, *self._rank_lines()]) + "\n"
+        self.save_ranks(folder, name)
         summary = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        for path, text in ((folder / f"{name}.ranks.tsv", ranks), (folder / f"{name}.json", summary)):
-            replace_file(path, partial(_write_text, text=text))
+        replace_file(folder / f"{name}.json", partial(_write_text, text=summary))
         return folder / f"{name}.json"
+
+    def save_ranks(self, folder: Path, name: str = "links") -> None:
+        """Write `name`.ranks.tsv: every rank in both directions, from which all figures can be computed again."""
+        ranks = "\n".join([RANKS_HEADER, *self._rank_lines()]) + "\n"
+        replace_file(folder / f"{name}.ranks.tsv", partial(_write_text, text=ranks))
 
     def _sides(self, rows: IntArray) -> dict[str, object]:
         head, tail = self.head.select(rows), self.tail.select(rows)
@@ -120,7 +124,7 @@ def evaluate_links(
     Scores are computed on `device`. Returns the report and the index, to be saved. Raises GraphError for a split that
     is missing or empty, UsageError for a limit below 1, RunError for a stale index, ModelError where a score is NaN.
     """
-    triples, sampling = _choose_triples(graph, split, limit, seed)
+    triples, sampling = choose_triples(graph, split, limit, seed)
     rows = both_directions(triples, graph.num_relations)
     query_texts = texts.queries(rows[:, 0], rows[:, 1])
     if index is None:
@@ -178,8 +182,11 @@ def rank_links(
     return ranks.select(is_tail_side), ranks.select(~is_tail_side)
 
 
-def _choose_triples(graph: KnowledgeGraph, split: str, limit: int | None, seed: int) -> tuple[IntArray, str]:
-    """Return the triples to ask about, in the order of the split, and words that say which these are."""
+def choose_triples(graph: KnowledgeGraph, split: str, limit: int | None, seed: int) -> tuple[IntArray, str]:
+    """Return the triples to ask about, in the order of the split, and words that say which these are.
+
+    Raises UsageError for a limit below 1, GraphError for a split that is missing or empty.
+    """
     if limit is not None and limit < 1:
         raise UsageError(f"wanted a limit of at least one triple, found {limit}. Leave it out to ask about all.")
     triples = graph.triples(split)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import KnownAnswers
 from pykalm.learn.orders import ORDERS
-from pykalm.text.texts import IntArray, Texts, ranges
+from pykalm.text.texts import IntArray, Texts
 from pykalm.text.trie import TokenTrie
-from pykalm.text.verbalize import Completions, Verbalizer
+from pykalm.text.verbalize import Completions, Verbalizer, answer_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class BatchBuilder:
 
         trie = self.lay_out(Texts.chain([queries, candidates, completions.texts]))
         last, num_queries, num_pooled = trie.last_nodes(), len(queries), len(queries) + len(candidates)
-        answer_nodes, answer_tokens = _answers(trie, completions, start=num_pooled)
+        answer_nodes, answer_tokens = answer_positions(trie, completions, start=num_pooled)
         query_nodes, candidate_nodes, positives, known = _distinct_texts(
             last[:num_queries],
             last[num_queries:num_pooled],
@@ -128,18 +128,6 @@ def _distinct_pairs(pairs: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     base = int(pairs[:, 1].max(initial=0)) + 1
     distinct, pair_of = np.unique(pairs[:, 0] * base + pairs[:, 1], return_inverse=True)
     return distinct // base, distinct % base, pair_of
-
-
-def _answers(trie: TokenTrie, completions: Completions, *, start: int) -> tuple[IntArray, IntArray]:
-    """Return the nodes that carry loss and the tokens they must predict: node before, then token, for every answer token.
-
-    The completions are the texts of the trie from `start` on.
-    """
-    texts, firsts = completions.texts, completions.answer_starts
-    counts = texts.lengths - firsts
-    before = ranges(firsts - 1, counts)
-    nodes = trie.paths[start + np.repeat(np.arange(len(texts)), counts), before]
-    return nodes.astype(np.int64), texts.tokens[ranges(texts.offsets[:-1] + firsts, counts)].astype(np.int64)
 
 
 def _distinct_texts(

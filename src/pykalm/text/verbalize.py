@@ -13,7 +13,8 @@ from pykalm.errors import GraphError, ModelError
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.text.pieces import PieceTokenizer
 from pykalm.text.templates import TEMPLATES, Templates, parts, split_space
-from pykalm.text.texts import IntArray, Texts, TokenIds
+from pykalm.text.texts import IntArray, Texts, TokenIds, ranges
+from pykalm.text.trie import TokenTrie
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,30 @@ class Completions:
     def none() -> "Completions":
         """Return no completions."""
         return Completions(Texts.of([]), np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.answer_starts)
+
+    def select(self, numbers: IntArray) -> "Completions":
+        """Return some completions, in the order of their numbers."""
+        return Completions(self.texts.select(numbers), self.answer_starts[numbers])
+
+    @property
+    def num_answer_tokens(self) -> IntArray:
+        """Return how many tokens each answer has, the end token among them (N,)."""
+        return self.texts.lengths - self.answer_starts
+
+
+def answer_positions(trie: TokenTrie, completions: Completions, *, start: int = 0) -> tuple[IntArray, IntArray]:
+    """Return the nodes before every answer token, and the tokens, text after text: what each node must predict. METHOD.md §3.
+
+    The completions, with or without their last tokens, which predict nothing, are the texts of the trie from `start` on.
+    """
+    texts, firsts, counts = completions.texts, completions.answer_starts, completions.num_answer_tokens
+    before = ranges(firsts - 1, counts)
+    nodes = trie.paths[start + np.repeat(np.arange(len(texts)), counts), before]
+    return nodes.astype(np.int64), texts.tokens[ranges(texts.offsets[:-1] + firsts, counts)].astype(np.int64)
 
 
 class Verbalizer:
