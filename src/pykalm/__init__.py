@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pykalm.ablate import run_ablation
     from pykalm.api import (
         UnsavedReport,
         check_data,
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
         predict,
         train,
     )
+    from pykalm.api_compare import compare_runs, evaluate_rerank
     from pykalm.bench.bench import run_bench
     from pykalm.bench.table import bench_table
     from pykalm.config import Config, load_config
     from pykalm.demo import run_demo
     from pykalm.errors import KalmError
     from pykalm.processes import may_report_failure
+    from pykalm.report.compare_tables import ablation_table, comparison_table, rerank_table
     from pykalm.report.tables import (
         catalogue_table,
         graph_check_table,
@@ -40,10 +43,14 @@ __all__ = [
     "KalmError",
     "UnsavedReport",
     "__version__",
+    "ablation_table",
     "bench_table",
     "catalogue_table",
     "check_data",
+    "compare_runs",
+    "comparison_table",
     "evaluate_links",
+    "evaluate_rerank",
     "fetch_data",
     "graph_check_table",
     "link_prediction_table",
@@ -55,6 +62,8 @@ __all__ = [
     "predict",
     "prediction_table",
     "relation_table",
+    "rerank_table",
+    "run_ablation",
     "run_bench",
     "run_demo",
     "train",
@@ -64,14 +73,20 @@ __all__ = [
 HOMES = {
     "Config": "pykalm.config",
     "KalmError": "pykalm.errors",
+    "ablation_table": "pykalm.report.compare_tables",
     "bench_table": "pykalm.bench.table",
     "catalogue_table": "pykalm.report.tables",
+    "compare_runs": "pykalm.api_compare",
+    "comparison_table": "pykalm.report.compare_tables",
+    "evaluate_rerank": "pykalm.api_compare",
     "graph_check_table": "pykalm.report.tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
     "may_report_failure": "pykalm.processes",
     "prediction_table": "pykalm.report.tables",
     "relation_table": "pykalm.report.tables",
+    "rerank_table": "pykalm.report.compare_tables",
+    "run_ablation": "pykalm.ablate",
     "run_bench": "pykalm.bench.bench",
     "run_demo": "pykalm.demo",
 }

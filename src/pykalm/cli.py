@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
+from pykalm import cli_compare
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
@@ -273,6 +274,11 @@ def bench(
         )  # fmt: skip
     say(f"Saved in {out}")
     print_json(results) if as_json else print_table(pykalm.bench_table(results))
+
+
+app.command()(cli_compare.compare)
+app.command()(cli_compare.ablate)
+evaluate_app.command("rerank")(cli_compare.evaluate_rerank)
 
 
 def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
