@@ -27,11 +27,13 @@ LAYERS = [
     "resolve",
     "api",
     "api_compare",
+    "api_qa",
     "bench",
     "terminal",
     "demo",
     "ablate",
     "cli_compare",
+    "cli_qa",
     "cli",
     "__main__",
 ]

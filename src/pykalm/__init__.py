@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         train,
     )
     from pykalm.api_compare import compare_runs, evaluate_rerank
+    from pykalm.api_qa import evaluate_qa, rank_answers
     from pykalm.bench.bench import run_bench
     from pykalm.bench.table import bench_table
     from pykalm.config import Config, load_config
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pykalm.errors import KalmError
     from pykalm.processes import may_report_failure
     from pykalm.report.compare_tables import ablation_table, comparison_table, rerank_table
+    from pykalm.report.qa_table import qa_table
     from pykalm.report.tables import (
         catalogue_table,
         graph_check_table,
@@ -50,6 +52,7 @@ __all__ = [
     "compare_runs",
     "comparison_table",
     "evaluate_links",
+    "evaluate_qa",
     "evaluate_rerank",
     "fetch_data",
     "graph_check_table",
@@ -61,6 +64,8 @@ __all__ = [
     "may_report_failure",
     "predict",
     "prediction_table",
+    "qa_table",
+    "rank_answers",
     "relation_table",
     "rerank_table",
     "run_ablation",
@@ -79,11 +84,14 @@ HOMES = {
     "compare_runs": "pykalm.api_compare",
     "comparison_table": "pykalm.report.compare_tables",
     "evaluate_rerank": "pykalm.api_compare",
+    "evaluate_qa": "pykalm.api_qa",
     "graph_check_table": "pykalm.report.tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
     "may_report_failure": "pykalm.processes",
     "prediction_table": "pykalm.report.tables",
+    "qa_table": "pykalm.report.qa_table",
+    "rank_answers": "pykalm.api_qa",
     "relation_table": "pykalm.report.tables",
     "rerank_table": "pykalm.report.compare_tables",
     "run_ablation": "pykalm.ablate",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm import cli_compare
+from pykalm import cli_compare, cli_qa
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
@@ -205,6 +205,9 @@ def evaluate_links(
         print_table(pykalm.link_prediction_table({"unaligned" if baseline else "aligned": result}))
     if unsaved is not None:
         raise unsaved
+
+
+evaluate_app.command("qa")(cli_qa.evaluate_qa)
 
 
 @app.command()

@@ -102,22 +102,22 @@ class Verbalizer:
 
     def queries(self, heads: IntArray, relations: IntArray) -> Texts:
         """Return the texts of B queries."""
-        return self._join(self.templates.query, {"head": ("entity", heads), "relation": ("relation", relations)})
+        return self.join(self.templates.query, {"head": ("entity", heads), "relation": ("relation", relations)})
 
     def candidates(self, entities: IntArray) -> Texts:
         """Return the texts of C candidates."""
-        return self._join(self.templates.candidate, {"entity": ("entity", entities)})
+        return self.join(self.templates.candidate, {"entity": ("entity", entities)})
 
     def prompts(self, heads: IntArray, relations: IntArray) -> Texts:
         """Return N prompts."""
-        return self._join(self.templates.completion, {"head": ("entity", heads), "relation": ("relation", relations)})
+        return self.join(self.templates.completion, {"head": ("entity", heads), "relation": ("relation", relations)})
 
     def completions(self, heads: IntArray, relations: IntArray, tails: IntArray) -> Completions:
         """Return the completions of N triples."""
         prompts = self.prompts(heads, relations)
         named: dict[str, tuple[str, IntArray]]
         named = {"entity": ("answer", tails), "tail": ("answer", tails), "name": ("name", tails)}
-        answers = self._join(self.templates.answer, named, opening=False)
+        answers = self.join(self.templates.answer, named, opening=False)
         end, each = Texts.of([np.array([self.end_token_id()])]), np.arange(len(tails))
         return Completions(Texts.join([(prompts, each), (answers, each), (end, np.zeros_like(each))]), prompts.lengths)
 
@@ -127,7 +127,7 @@ class Verbalizer:
             raise GraphError("wanted the text of an entity, found nothing. Give at least a name.")
         text = self.entity_text(name.strip(), description.strip())
         values = {"head": ("free", _one(0)), "relation": ("relation", _one(relation))}
-        return self._join(self.templates.query, values, free=text)[0]
+        return self.join(self.templates.query, values, free=text)[0]
 
     def entity_text(self, name: str, description: str) -> str:
         """Return D(e): name and description in the wording of the run, or the name alone."""
@@ -162,10 +162,13 @@ class Verbalizer:
         texts, _ = self._texts("entity")
         return list(map(int, self._pieces.tokens(texts, is_first=True, limit=None).lengths))
 
-    def _join(
+    def join(
         self, wording: str, values: Mapping[str, tuple[str, IntArray]], *, opening: bool = True, free: str = ""
     ) -> Texts:
-        """Join the tokens of a wording's literals and fields; `values` names the kind of each field and N numbers of it."""
+        """Join the tokens of a wording's literals and fields; `values` names the kind of each field and N numbers of it.
+
+        Kinds are entity, relation, answer, name and free; opening: whether the wording begins a text of its own.
+        """
         count = len(next(iter(values.values()))[1])
         same = np.zeros(count, dtype=np.int64)
         columns = [(Texts.of([self._pieces.opening]), same)] if opening else []
