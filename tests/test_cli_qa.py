@@ -7,6 +7,8 @@ import pytest
 
 import pykalm
 from pykalm import cli
+from tests.ranks import run_ranks
+from tests.test_launched import kalm
 from tests.tiny_models import save_tiny_model
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Chad": "N'Djamena", "Peru": "Lima", "Fiji": "Suva"}
@@ -90,3 +92,26 @@ def test_the_likeliest_answers_to_a_question(run: Path, question: dict[str, str]
 def test_a_question_needs_one_side(run: Path) -> None:
     with pytest.raises(pykalm.KalmError, match="one of head and tail"):
         pykalm.rank_answers(pykalm.load_run(run), relation="capital")
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(run: Path) -> None:
+    arguments = ["evaluate", "qa", str(run), "--json", "--split", "train", "--ranked", "2"]
+    kept = run / "results" / "qa.ranked-2.train.jsonl"
+    found = []
+    for count in (1, 2):
+        kept.unlink(missing_ok=True)
+        (code, out, _), *others = [kalm(arguments)] if count == 1 else run_ranks(2, kalm, arguments)
+        assert code == 0
+        assert all(other == (0, "", "") for other in others)
+        found.append((json.loads(out), kept.read_text(encoding="utf-8")))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_parts_of_weights_cannot_answer(run: Path) -> None:
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    codes = [
+        code for code, _, _ in run_ranks(2, kalm, ["evaluate", "qa", str(run), "--limit", "1"], environment=sharded)
+    ]
+    assert codes == [2, 2]

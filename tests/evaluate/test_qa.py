@@ -35,9 +35,11 @@ def graph() -> KnowledgeGraph:
     return dataclasses.replace(whole, splits={**whole.splits, "test": np.array(TEST)})
 
 
-def measure(encoder: Encoder, keep_in: Path | None = None, **changes: Any) -> QaReport:
+def measure(
+    encoder: Encoder, keep_in: Path | None = None, known: KnowledgeGraph | None = None, **changes: Any
+) -> QaReport:
     settings = QaSettings(**{"max_new_tokens": 3, **changes})
-    known = graph()
+    known = known or graph()
     return evaluate_qa(known, encoder, tiny_verbalizer(known), settings, keep_in=keep_in, seed=1)
 
 
@@ -99,6 +101,20 @@ def test_constrained_answers_are_choices(encoder: Encoder) -> None:
     for line in report.lines:
         assert line["answer"] in choices.get(line["task"], names)
         assert line["exact"] == (line["answer"] == line["gold"])
+
+
+def test_shipped_negatives_are_a_set_of_their_own(encoder: Encoder) -> None:
+    """Three true triples, three corruptions, two shipped negatives, of which one is true after all (ada knows bo)."""
+    false = {"valid": np.array([(1, 0, 2)]), "test": np.array([(0, 0, 2), (1, 0, 2)])}
+    with scripted(**{'true".': "Yes."}):
+        report = measure(encoder, known=dataclasses.replace(graph(), negatives=false), tasks=("classification",))
+    results = report.tasks["classification"]
+    assert [line["source"] for line in report.lines] == ["random"] * 6 + ["hard"]
+    assert (results["num_questions"], results["exact"], results["contains"]) == (6, 0.0, 0.5)
+    assert (results["hard"]["num_questions"], results["hard"]["contains"]) == (4, 0.75)
+    assert results["baselines"]["majority"] == {"exact": 0.5, "contains": 0.5, "any_valid": 0.5}
+    assert results["hard"]["baselines"]["majority"]["exact"] == 0.75
+    assert {kind: score["num_questions"] for kind, score in results["by_score"].items()} == {"random": 6, "hard": 4}
 
 
 @dataclasses.dataclass

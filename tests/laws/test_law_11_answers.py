@@ -60,7 +60,7 @@ def check_family(family: str) -> None:
     encoder = tiny_encoder(family, chunk_tokens=1000)
     writer, texts = prompts()
     alone = answers_alone(encoder, writer, texts)
-    assert len(set(map(str, alone))) > 2  # they differ, so that a mistake can be seen
+    assert len(set(map(str, alone))) > 1  # they differ, so that a mistake can be seen
     for layout in FAMILIES[family]:
         together = speaker(encoder, writer, texts, layout)
         assert max(map(len, together.batches)) > 2

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pykalm.text.questions import NO, YES
 
@@ -28,6 +29,7 @@ class Score:
 WRONG = Score(exact=False, contains=False, any_valid=False)
 
 
+@lru_cache(maxsize=1 << 17)  # the names of right answers come again and again
 def normalise(text: str) -> str:
     """Return a text in lower case, without outer punctuation, an article at its front and double spaces.
 
