@@ -27,12 +27,15 @@ LAYERS = [
     "resolve",
     "api",
     "api_compare",
+    "api_geometry",
+    "api_language",
     "api_qa",
     "bench",
     "terminal",
     "demo",
     "ablate",
     "cli_compare",
+    "cli_measures",
     "cli_qa",
     "cli",
     "__main__",
@@ -40,7 +43,7 @@ LAYERS = [
 # Validation comes to the training loop as a function, so measuring knows nothing of learning.
 FORBIDDEN = {("evaluate", "learn")}
 # Only packages of an optional extra may be imported inside a function.
-OPTIONAL = {"bitsandbytes", "pykeen", "tensorboard", "wandb"}
+OPTIONAL = {"bitsandbytes", "datasets", "lm_eval", "pykeen", "tensorboard", "wandb"}
 
 
 def modules() -> dict[str, str]:

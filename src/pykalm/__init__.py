@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         train,
     )
     from pykalm.api_compare import compare_runs, evaluate_rerank
+    from pykalm.api_geometry import draw_run_geometry, evaluate_geometry
+    from pykalm.api_language import evaluate_language
     from pykalm.api_qa import evaluate_qa, rank_answers
     from pykalm.bench.bench import run_bench
     from pykalm.bench.table import bench_table
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from pykalm.errors import KalmError
     from pykalm.processes import may_report_failure
     from pykalm.report.compare_tables import ablation_table, comparison_table, rerank_table
+    from pykalm.report.measure_tables import geometry_table, language_table
     from pykalm.report.qa_table import qa_table
     from pykalm.report.tables import (
         catalogue_table,
@@ -51,11 +54,16 @@ __all__ = [
     "check_data",
     "compare_runs",
     "comparison_table",
+    "draw_run_geometry",
+    "evaluate_geometry",
+    "evaluate_language",
     "evaluate_links",
     "evaluate_qa",
     "evaluate_rerank",
     "fetch_data",
+    "geometry_table",
     "graph_check_table",
+    "language_table",
     "link_prediction_table",
     "list_data",
     "load_config",
@@ -85,7 +93,12 @@ HOMES = {
     "comparison_table": "pykalm.report.compare_tables",
     "evaluate_rerank": "pykalm.api_compare",
     "evaluate_qa": "pykalm.api_qa",
+    "draw_run_geometry": "pykalm.api_geometry",
+    "evaluate_geometry": "pykalm.api_geometry",
+    "evaluate_language": "pykalm.api_language",
+    "geometry_table": "pykalm.report.measure_tables",
     "graph_check_table": "pykalm.report.tables",
+    "language_table": "pykalm.report.measure_tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
     "may_report_failure": "pykalm.processes",

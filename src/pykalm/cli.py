@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm import cli_compare, cli_qa
+from pykalm import cli_compare, cli_measures, cli_qa
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
@@ -282,6 +282,8 @@ def bench(
 app.command()(cli_compare.compare)
 app.command()(cli_compare.ablate)
 evaluate_app.command("rerank")(cli_compare.evaluate_rerank)
+evaluate_app.command("language")(cli_measures.evaluate_language)
+evaluate_app.command("geometry")(cli_measures.evaluate_geometry)
 
 
 def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pykalm.api import evaluate_links, predict, train
-from pykalm.evaluate.similarity import sample_triples, similarity_matrix
+from pykalm.evaluate.similarity import sample_triples, similarity_matrix, triple_labels
 from pykalm.graph.catalogue import load_graph
 from pykalm.learn.train import StepReport
 from pykalm.model.encoder import Progress
 from pykalm.model.run import Run, load_baseline, load_run
-from pykalm.report.figures import similarity_figure, triple_labels
+from pykalm.report.figures import similarity_figure
 from pykalm.report.tables import link_prediction_table, prediction_table
 from pykalm.terminal import print_table, say
 

@@ -8,7 +8,8 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.image import imread
 
-from pykalm.report.figures import COLOURS, similarity_figure, training_curves_figure, triple_labels
+from pykalm.evaluate.similarity import triple_labels
+from pykalm.report.figures import COLOURS, similarity_figure, training_curves_figure
 from tests.evaluate.fakes import geography
 
 

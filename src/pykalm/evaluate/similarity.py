@@ -45,3 +45,10 @@ def similarity_matrix(encoder: TextEncoder, texts: GraphTexts, triples: IntArray
     query, tails = vectors[: len(triples)], vectors[len(triples) :]
     matrix: FloatMatrix = entity_scores(query, tails, torch.arange(len(triples))).numpy()
     return matrix
+
+
+def triple_labels(graph: KnowledgeGraph, triples: IntArray) -> tuple[list[str], list[str]]:
+    """Name the rows ("France · capital") and columns ("Paris") of the similarity matrix of triples (n, 3)."""
+    names = graph.entity_names
+    queries = [f"{names[head]} · {graph.relation_text(relation)}" for head, relation, _ in triples.tolist()]
+    return queries, [names[tail] for tail in triples[:, 2].tolist()]

@@ -25,6 +25,7 @@ __all__ = [
     "fetch_graph",
     "list_graphs",
     "load_graph",
+    "search_path",
     "source_folder",
 ]
 
@@ -157,13 +158,14 @@ def _reporter(progress: FileProgress | None, file_name: str) -> Progress | None:
 def _folders() -> dict[str, Path]:
     """Map name to folder for every graph on the search path and in the cache; the first wins."""
     found: dict[str, Path] = {}
-    for root in [*_search_path(), cache_folder()]:
+    for root in [*search_path(), cache_folder()]:
         for folder in _graph_folders(root):
             found.setdefault(_key(folder.name), folder)
     return found
 
 
-def _search_path() -> list[Path]:
+def search_path() -> list[Path]:
+    """Return the folders of $KALM_DATA, in order."""
     return [Path(entry).expanduser() for entry in os.environ.get("KALM_DATA", "").split(os.pathsep) if entry]
 
 
@@ -180,7 +182,7 @@ def _key(name: str) -> str:
 
 
 def _not_found(source: str, here: dict[str, Path]) -> str:
-    looked = ", ".join(str(root) for root in [*_search_path(), cache_folder()])
+    looked = ", ".join(str(root) for root in [*search_path(), cache_folder()])
     if _key(source) in CATALOGUE:
         remedy = f"Run: kalm data fetch {_key(source)}. Or name a folder that holds it in $KALM_DATA."
         return f"graph '{source}' is not on this machine (looked in {looked}). {remedy}"

@@ -1,10 +1,11 @@
-"""Figures as PNG files, drawn on a canvas of their own: no display, no state shared with a notebook's figures."""
+"""Figures as PNG or SVG files, drawn on a canvas of their own: no display, no state shared with a notebook's figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,20 +14,12 @@ from matplotlib.ticker import MaxNLocator
 
 from pykalm.evaluate.similarity import FloatMatrix
 from pykalm.files import replace_file
-from pykalm.graph.graph import IntArray, KnowledgeGraph
 
 COLOURS = "viridis"  # equal steps in cosine look equal, in print and to the colour-blind
 INK, FAINT, LINE = "#222222", "#777777", "#2a6f97"
 DPI = 160
 # Sizes of the similarity figure in inches (points for the font), so that its cells are square and its labels have room.
 CELL, GAP, FONT, LETTER = 0.235, 0.3, 7.5, 0.063
-
-
-def triple_labels(graph: KnowledgeGraph, triples: IntArray) -> tuple[list[str], list[str]]:
-    """Name the rows ("France · capital") and columns ("Paris") of the similarity matrix of triples (n, 3)."""
-    names = graph.entity_names
-    queries = [f"{names[head]} · {graph.relation_text(relation)}" for head, relation, _ in triples.tolist()]
-    return queries, [names[tail] for tail in triples[:, 2].tolist()]
 
 
 def similarity_figure(
@@ -37,10 +30,12 @@ def similarity_figure(
     tail_labels: Sequence[str],
     path: Path,
     title: str = "Similarity of queries and answers",
+    diagonal: str | None = "answers",
 ) -> None:
     """Draw the cosines (n, n) of queries and tails before and after alignment side by side, in one scale.
 
-    Row i and column i belong to one triple, so the answers lie on the diagonal.
+    Row i and column i belong to one triple, so the answers lie on the diagonal; diagonal names what lies there, None
+    where it is each thing with itself, which says nothing.
     """
     rows, columns = ([_shorten(label, most) for label in labels] for labels, most in
                      ((query_labels, 40), (tail_labels, 28)))  # fmt: skip
@@ -52,7 +47,9 @@ def similarity_figure(
         axes = _axes(figure, left + place * (side + GAP), bottom, side, side)
         image = _draw_matrix(axes, matrix, float(lowest), columns)
         axes.set_title(f"{name}\n", loc="left", fontsize=11, fontweight="bold", color=INK)
-        axes.text(0, 1.015, _contrast(matrix), transform=axes.transAxes, fontsize=8.5, color=FAINT, va="bottom")
+        axes.text(
+            0, 1.015, _contrast(matrix, diagonal), transform=axes.transAxes, fontsize=8.5, color=FAINT, va="bottom"
+        )
         axes.set_yticks(range(len(rows)), rows if place == 0 else [], fontsize=FONT)
     bar = figure.colorbar(image, cax=_axes(figure, left + 2 * side + GAP + 0.2, bottom + side * 0.2, 0.13, side * 0.6))
     bar.set_label("cosine", fontsize=9, color=INK)
@@ -60,7 +57,7 @@ def similarity_figure(
     bar.outline.set_visible(False)
     figure.text(0.2 / figure.get_figwidth(), 1 - 0.18 / figure.get_figheight(), title, va="top", fontsize=14,
                 fontweight="bold", color=INK)  # fmt: skip
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def training_curves_figure(records: Sequence[Mapping[str, Any]], path: Path, *, title: str = "Training") -> None:
@@ -80,7 +77,7 @@ def training_curves_figure(records: Sequence[Mapping[str, Any]], path: Path, *, 
     for axes in panels[1]:
         axes.set_xlabel("step", fontsize=9, color=INK)
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_matrix(axes: Axes, matrix: FloatMatrix, lowest: float, labels: Sequence[str]) -> AxesImage:
@@ -91,11 +88,13 @@ def _draw_matrix(axes: Axes, matrix: FloatMatrix, lowest: float, labels: Sequenc
     return image
 
 
-def _contrast(matrix: FloatMatrix) -> str:
-    """Say how far the answers stand out from the rest."""
+def _contrast(matrix: FloatMatrix, diagonal: str | None) -> str:
+    """Say how far the diagonal stands out from the rest."""
     answers, others = matrix.diagonal(), matrix[~np.eye(len(matrix), dtype=np.bool_)]
+    if diagonal is None:
+        return f"mean cosine of different ones: {others.mean():.2f}" if len(others) else ""
     rest = f", all others {others.mean():.2f}" if len(others) else ""
-    return f"mean cosine: answers {answers.mean():.2f}{rest}"
+    return f"mean cosine: {diagonal} {answers.mean():.2f}{rest}"
 
 
 def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, heading: str) -> None:
@@ -128,5 +127,9 @@ def _shorten(label: str, most: int) -> str:
     return short.replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    replace_file(path, lambda draft: FigureCanvasAgg(figure).print_figure(draft, format="png"))
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, as the ending of its file says; the letters of an SVG stay letters."""
+    ending = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if ending == "svg" else None
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kalm"}):
+        replace_file(path, lambda draft: FigureCanvasAgg(figure).print_figure(draft, format=ending, metadata=metadata))

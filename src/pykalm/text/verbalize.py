@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,11 @@ class Verbalizer:
         text = self.entity_text(name.strip(), description.strip())
         values = {"head": ("free", _one(0)), "relation": ("relation", _one(relation))}
         return self.join(self.templates.query, values, free=text)[0]
+
+    def plain(self, texts: Sequence[str], *, limit: int | None = None) -> Texts:
+        """Return texts that are in no wording, as sentences of a book, each cut at `limit` tokens."""
+        tokens, each = self._pieces.tokens(texts, is_first=True, limit=limit), np.arange(len(texts))
+        return Texts.join([(Texts.of([self._pieces.opening]), np.zeros_like(each)), (tokens, each)])
 
     def entity_text(self, name: str, description: str) -> str:
         """Return D(e): name and description in the wording of the run, or the name alone."""

@@ -1,0 +1,101 @@
+"""Measuring the geometry of a run's representations, as people call it, and drawing what alignment has changed."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pykalm.api import UnsavedReport, _about
+from pykalm.errors import KalmError, UsageError
+from pykalm.evaluate.corpora import read_sentences
+from pykalm.evaluate.representations import GeometryReport, measure_representations
+from pykalm.model.encoder import Progress
+from pykalm.model.run import Run, load_baseline
+from pykalm.processes import on_main
+from pykalm.report.geometry_figures import draw_geometry
+
+__all__ = ["GeometryReport", "draw_run_geometry", "evaluate_geometry"]
+
+log = logging.getLogger(__name__)
+
+SENTENCES = 1000
+"""Plain sentences that are measured: 30,000 tokens."""
+
+
+def evaluate_geometry(
+    run: Run,
+    *,
+    split: str | None = None,
+    sentences: str | Path = "wikitext103",
+    limit: int | None = None,
+    baseline: bool = False,
+    progress: Progress | None = None,
+) -> GeometryReport:
+    """Measure how queries, candidates and plain sentences lie, and Theorem 1, and save it under RUN/results. METHOD.md §8.
+
+    split: evaluation.split of the run by default; sentences: wikitext103, wikitext2 or a text file to draw them from;
+    where WikiText is not on this machine they are left out, and a warning says so. limit: so many entities, queries and
+    sentences at most; baseline: measure the unaligned model, at the temperature of the aligned one. Raises UsageError for
+    a limit below 2, UnsavedReport, which holds the report, where RUN/results cannot be written. In a launch of several
+    processes all call it alike and share the texts; the main one writes.
+    """
+    split = run.config.evaluation.split if split is None else split
+    measured = load_baseline(run) if baseline else run
+    report = measure_representations(
+        run.graph,
+        measured.encoder,
+        run.verbalizer,
+        temperature=run.encoder.temperature(),
+        split=split,
+        sentences=_sentences(sentences, count=min(SENTENCES, limit or SENTENCES), seed=run.config.seed),
+        limit=limit,
+        seed=run.config.seed,
+        about=_about(run, baseline=baseline),
+        progress=progress,
+    )
+    try:
+        on_main(lambda: report.save(run.path / "results", _file_name(split, limit, baseline)))
+    except KalmError as error:
+        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    return report
+
+
+def draw_run_geometry(run: Run, *, split: str | None = None, limit: int | None = None) -> list[Path]:
+    """Draw the saved geometry of a run, unaligned beside aligned, as PNG and SVG under RUN/report; return the files.
+
+    None where one of the two has not been measured with this split and limit.
+    """
+    split = run.config.evaluation.split if split is None else split
+    files = [run.path / "results" / f"{_file_name(split, limit, baseline)}.json" for baseline in (True, False)]
+    if not all(file.is_file() for file in files):
+        return []
+    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    if _differ(before, after):
+        log.warning("kalm: %s and %s are not of the same texts; measure both again to see them drawn.", *files)
+        return []
+    return on_main(lambda: draw_geometry(before, after, run.path / "report"))
+
+
+def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return any(before.get(key) != after.get(key) for key in ("graph", "split", "protocol", "template", "descriptions"))
+
+
+def _file_name(split: str, limit: int | None, baseline: bool) -> str:
+    parts = [
+        "geometry",
+        split if split != "test" else "",
+        f"{limit}-entities" if limit else "",
+        "baseline" if baseline else "",
+    ]
+    return ".".join(part for part in parts if part)
+
+
+def _sentences(source: str | Path, *, count: int, seed: int) -> list[str]:
+    """Draw plain sentences, or say why there are none; a file that was named must be there."""
+    try:
+        return read_sentences(source, count=count, seed=seed)
+    except UsageError as error:
+        if source != "wikitext103":
+            raise
+        log.warning("kalm: no plain sentences are measured. %s", error)
+        return []

@@ -1,0 +1,56 @@
+"""Measuring the language of a run, as people call it: perplexity and lm-eval's tasks, aligned or unaligned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pykalm.api import UnsavedReport, _about
+from pykalm.errors import KalmError
+from pykalm.evaluate.language import LanguageReport, LanguageSettings, measure_language
+from pykalm.model.encoder import Progress
+from pykalm.model.run import Run, load_baseline
+from pykalm.processes import on_main
+
+__all__ = ["LanguageReport", "evaluate_language"]
+
+
+def evaluate_language(
+    run: Run,
+    *,
+    texts: Sequence[str | Path] = (),
+    tasks: Sequence[str] = (),
+    window: int | None = None,
+    stride: int | None = None,
+    limit_tokens: int | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: int = 4,
+    baseline: bool = False,
+    progress: Progress | None = None,
+) -> LanguageReport:
+    """Measure perplexity on texts and lm-eval's tasks, and save them under RUN/results. EVALUATION.md §3.
+
+    texts: wikitext2, wikitext103 or text files, wikitext2 where neither texts nor tasks are named; window and stride in
+    tokens; limit_tokens: the beginning of each text only; limit: the first so many questions of each task; baseline:
+    measure the unaligned model instead. Raises UsageError for what is not there, KalmError where lm-eval is missing,
+    UnsavedReport, which holds the report, where RUN/results cannot be written. Several processes each do all of it.
+    """
+    measured = load_baseline(run) if baseline else run
+    settings = LanguageSettings(
+        texts=texts or (() if tasks else ("wikitext2",)), tasks=tasks, window=window, stride=stride,
+        limit_tokens=limit_tokens, limit=limit, shots=shots, batch_size=batch_size,
+    )  # fmt: skip
+    report = measure_language(
+        run.graph.name,
+        measured.encoder,
+        run.verbalizer,
+        settings,
+        about=_about(run, baseline=baseline),
+        progress=progress,
+    )
+    parts = ["language", f"{limit_tokens}-tokens" if limit_tokens else "", f"{limit}-questions" if limit else "",
+             "baseline" if baseline else ""]  # fmt: skip
+    try:
+        on_main(lambda: report.save(run.path / "results", ".".join(part for part in parts if part)))
+    except KalmError as error:
+        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    return report

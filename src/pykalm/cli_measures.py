@@ -1,0 +1,129 @@
+"""The commands `kalm evaluate language` and `kalm evaluate geometry`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import pykalm
+from pykalm.terminal import print_json, print_table, say, show_progress
+
+if TYPE_CHECKING:
+    from pykalm.api_geometry import GeometryReport
+    from pykalm.api_language import LanguageReport
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; that of the run by default.")]
+Baseline = Annotated[bool, typer.Option("--baseline", help="Measure the unaligned model.")]
+Both = Annotated[bool, typer.Option("--both", help="Measure the unaligned model, then the aligned one.")]
+
+
+def evaluate_language(
+    folder: RunFolder,
+    *,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of wikitext2,wikitext103 or paths of text files; wikitext2 where no task is asked for."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, as mmlu,arc_easy; MMLU is taken from $KALM_DATA if it is there."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that are read at once; 1024, or as many as the model has positions."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a window counts; all of it by default.")
+    ] = None,
+    limit_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Read so many tokens of each text only, from its beginning.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions of each task only.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question; as the task says.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that a task reads at once.")] = 4,
+    baseline: Baseline = False,
+    both: Both = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what is left of the language: perplexity on plain texts, and any task of lm-eval."""
+    run = pykalm.load_run(folder, device=device)
+
+    def measure(is_baseline: bool) -> "LanguageReport":
+        with show_progress("reading") as watch:
+            return pykalm.evaluate_language(
+                run, texts=_split(text), tasks=_split(tasks), window=window, stride=stride, limit_tokens=limit_tokens,
+                limit=limit, shots=shots, batch_size=batch_size, baseline=is_baseline, progress=watch,
+            )  # fmt: skip
+
+    _measure(folder, measure, pykalm.language_table, baseline=baseline, both=both, as_json=as_json)
+
+
+def evaluate_geometry(
+    folder: RunFolder,
+    *,
+    split: Annotated[
+        str | None, typer.Option(help="Split whose triples are the pairs; evaluation.split of the run by default.")
+    ] = None,
+    sentences: Annotated[
+        str, typer.Option(help="wikitext103, wikitext2 or a text file, from which plain sentences are drawn.")
+    ] = "wikitext103",
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Take so many entities, queries and sentences only, drawn by seed.")
+    ] = None,
+    baseline: Baseline = False,
+    both: Both = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how the vectors of queries, candidates and plain sentences lie, and Theorem 1; draw it with both models."""
+    run = pykalm.load_run(folder, device=device)
+
+    def measure(is_baseline: bool) -> "GeometryReport":
+        with show_progress("measuring") as watch:
+            return pykalm.evaluate_geometry(
+                run, split=split, sentences=sentences, limit=limit, baseline=is_baseline, progress=watch
+            )
+
+    _measure(folder, measure, pykalm.geometry_table, baseline=baseline, both=both, as_json=as_json)
+    for file in pykalm.draw_run_geometry(run, split=split, limit=limit):
+        say(f"Drawn in {file}")
+
+
+def _measure(
+    folder: Path,
+    measure: Callable[[bool], "LanguageReport | GeometryReport"],
+    table: Callable[[dict[str, dict[str, Any]]], object],
+    *,
+    baseline: bool,
+    both: bool,
+    as_json: bool,
+) -> None:
+    """Measure one model or both, print the results, and then say it where they could not be saved.
+
+    JSON is that of the one report, or by label where both were asked for.
+    """
+    results, unsaved = {}, None
+    for is_baseline in (True, False) if both else (baseline,):
+        try:
+            report = measure(is_baseline)
+        except pykalm.UnsavedReport as error:
+            report, unsaved = error.report, error
+        results["unaligned" if is_baseline else "aligned"] = report.to_dict()
+    say(f"Saved in {folder / 'results'}") if unsaved is None else None
+    if as_json:
+        print_json(results if both else next(iter(results.values())))
+    else:
+        print_table(table(results))
+    if unsaved is not None:
+        raise unsaved
+
+
+def _split(names: str | None) -> tuple[str, ...]:
+    """Return the names of a list with commas."""
+    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
