@@ -30,6 +30,7 @@ LAYERS = [
     "api_geometry",
     "api_language",
     "api_qa",
+    "api_report",
     "bench",
     "terminal",
     "demo",
@@ -37,6 +38,7 @@ LAYERS = [
     "cli_compare",
     "cli_measures",
     "cli_qa",
+    "cli_report",
     "cli",
     "__main__",
 ]

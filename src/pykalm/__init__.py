@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pykalm.api_geometry import draw_run_geometry, evaluate_geometry
     from pykalm.api_language import evaluate_language
     from pykalm.api_qa import evaluate_qa, rank_answers
+    from pykalm.api_report import write_report
     from pykalm.bench.bench import run_bench
     from pykalm.bench.table import bench_table
     from pykalm.config import Config, load_config
@@ -80,6 +81,7 @@ __all__ = [
     "run_bench",
     "run_demo",
     "train",
+    "write_report",
 ]
 
 # Names from elsewhere than pykalm.api.
@@ -110,6 +112,7 @@ HOMES = {
     "run_ablation": "pykalm.ablate",
     "run_bench": "pykalm.bench.bench",
     "run_demo": "pykalm.demo",
+    "write_report": "pykalm.api_report",
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm import cli_compare, cli_measures, cli_qa
+from pykalm import cli_compare, cli_measures, cli_qa, cli_report
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
@@ -234,6 +234,9 @@ def predict(
         run, head=head, tail=tail, relation=relation, k=k, free_text=free_text, hide_known=hide_known
     )
     print_json(prediction.to_dict()) if as_json else print_table(pykalm.prediction_table(prediction))
+
+
+app.command("report")(cli_report.report)
 
 
 @app.command()

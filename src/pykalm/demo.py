@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pykalm.api import evaluate_links, predict, train
+from pykalm.api_report import write_report
 from pykalm.evaluate.similarity import sample_triples, similarity_matrix, triple_labels
 from pykalm.graph.catalogue import load_graph
 from pykalm.learn.train import StepReport
@@ -61,6 +62,10 @@ def run_demo(
     print(f"Test MRR {unaligned.mean.mrr:.3f} before, {aligned.mean.mrr:.3f} after: {ratio:.0f} times as high.")
     print(f"The similarity matrices before and after are in {figure}; the run is in {out}.")
     print(f'Ask it: kalm predict {out} --head Peru --relation "shares a border with"')
+    report = write_report(out)
+    for problem in report.problems:
+        say(problem)
+    print(f"All of it on one page: {report.page}")
     return run
 
 

@@ -5,9 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from pykalm.config import ObjectiveSettings
 from pykalm.learn.losses import dual_view_loss
 from pykalm.learn.state import read_metrics
 from pykalm.model.run import Run
@@ -60,8 +58,3 @@ def test_training_takes_the_view_of_its_settings(train: Callable[..., Run]) -> N
     both, query, candidate = (read_metrics(run)[0]["explicit"] for run in runs)
     assert both == pytest.approx((query + candidate) / 2, rel=1e-5)
     assert abs(query - candidate) > 1e-4
-
-
-def test_a_bank_which_no_view_would_read_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"wanted objective.bank none where objective.views is candidate"):
-        ObjectiveSettings(views="candidate", bank="plain")

@@ -1,0 +1,36 @@
+"""The command `kalm report`: it writes the page of a run and says where it is."""
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pykalm
+from pykalm.terminal import print_json, say, show_progress
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")],
+    *,
+    is_opened: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for programs instead of the page's path.")
+    ] = False,
+) -> None:
+    """Write one page with everything that was measured of a run, and print its path. No model is loaded."""
+    with show_progress("drawing") as watch:
+        written = pykalm.write_report(folder, progress=watch)
+    if as_json:
+        print_json(
+            {
+                "page": str(written.page),
+                "figures": [str(figure) for figure in written.figures],
+                "problems": list(written.problems),
+            }
+        )
+    else:
+        typer.echo(written.page)
+    if is_opened and not webbrowser.open(written.page.resolve().as_uri()):
+        say("No browser was found: open the page by hand.")
+    written.require_whole()
