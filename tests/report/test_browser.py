@@ -41,9 +41,9 @@ def browse(page: Path, folder: Path, width: int) -> tuple[dict[str, Any], str]:
     assert BROWSER is not None
     probe = folder / "probe.html"
     probe.write_text(PROBE.replace("PAGE", page.as_uri()).replace("WIDTH", str(width)), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--allow-file-access-from-files",
-               "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
-               "--virtual-time-budget=10000", "--dump-dom"]  # fmt: skip
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+               "--allow-file-access-from-files", "--enable-logging=stderr", "--v=0", "--window-size=1400,900",
+               f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]  # fmt: skip
     done = subprocess.run(
         [BROWSER, *options, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True, encoding="utf-8"
     )

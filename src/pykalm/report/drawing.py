@@ -83,18 +83,20 @@ def draw(
     """
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that matplotlib's own font lacks are measured by a blank
-        figure = Figure(figsize=(WIDTH, height), facecolor="none")
+        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
+        figure = Figure(figsize=(WIDTH, height), facecolor="none", layout=layout)
         axes = figure.add_subplot(facecolor="none")
         paint(axes)
-        _head(figure, axes, title, height=height, has_legend=legend)
+        top = _head(figure, axes, title, height=height, has_legend=legend)
+        layout.set(rect=(0, 0, 1, 1 - top))
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     return Drawing(name, svg.getvalue(), inline_svg(svg.getvalue(), name, alt or title), png.getvalue())
 
 
-def _head(figure: Figure, axes: Axes, title: str, *, height: float, has_legend: bool) -> None:
-    """Put the title and, where there is more than one label, the legend at the left edge, and leave room for them."""
+def _head(figure: Figure, axes: Axes, title: str, *, height: float, has_legend: bool) -> float:
+    """Put the title and, where there is more than one label, the legend at the left edge; return their share of the height."""
     handles, labels = axes.get_legend_handles_labels()
     has_legend = has_legend and len(labels) > 1
     left, below = 0.03 / WIDTH, 0.26 / height
@@ -104,8 +106,7 @@ def _head(figure: Figure, axes: Axes, title: str, *, height: float, has_legend: 
             handles, labels, loc="upper left", bbox_to_anchor=(left, 1 - below), ncols=4, borderaxespad=0, borderpad=0,
             handlelength=1.1, handleheight=0.8, handletextpad=0.5, columnspacing=1.4, labelcolor=FAINT,
         ).set_in_layout(False)  # fmt: skip
-    top = (0.52 if has_legend else 0.34) / height
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, rect=(0, 0, 1, 1 - top)))
+    return (0.52 if has_legend else 0.34) / height
 
 
 def inline_svg(svg: str, name: str, alt: str) -> str:
