@@ -1,8 +1,8 @@
 """Compare what systems learn, not how fast they are: at equal examples, or at equal training time.
 
-    python scripts/quality.py examples --out DIR      # published recipe and kalm on exactly the same triples, test MRR
-    python scripts/quality.py time --out DIR          # ways of batching, valid MRR against time
-    python scripts/quality.py show --out DIR          # tables and a figure of what is there
+    sh scripts/quality examples --out DIR      # published recipe and kalm on exactly the same triples, test MRR
+    sh scripts/quality time --out DIR          # ways of batching, valid MRR against time
+    sh scripts/quality show --out DIR          # tables and a figure of what is there
 
 Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor
 time of the steps, batches and optimiser included and evaluations not, so that two trials may run side by side. Names
