@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": FAINT,
     "axes.labelsize": 9,
     "axes.edgecolor": RULE,
+    "axes.facecolor": "none",  # also behind the bar of colours
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
