@@ -12,6 +12,7 @@ from pykalm.evaluate.corpora import Corpus, Document, detokenized, read_corpus
 from pykalm.evaluate.harness import run_tasks
 from pykalm.evaluate.perplexity import measure_perplexity
 from pykalm.model.encoder import Encoder
+from pykalm.model.load import load_language_model
 from tests.laws.common import tiny_encoder
 from tests.tiny_models import tiny_tokenizer
 
@@ -53,6 +54,22 @@ def test_perplexity_is_that_of_lm_eval_on_the_same_text_and_window(window: int) 
     word, byte = word_and_byte_perplexity(encoder, tokenizer, PAGES, window)
     assert found["word"] == pytest.approx(word, rel=1e-4)  # e to some 30 a word: an error of 3e-6 in the likelihood
     assert found["byte"] == pytest.approx(byte, rel=1e-6)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(256, 256), (256, 128)])
+def test_perplexity_of_a_real_model_is_that_of_lm_eval(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, window: int, stride: int
+) -> None:
+    """SmolLM2-135M on the beginning of WikiText-2, float32: equal to four digits, and unequal with another stride."""
+    monkeypatch.setenv("KALM_DATA", str(data_folder))
+    base = load_language_model("smollm2-135m", dtype=torch.float32)
+    encoder = Encoder(base.model, source_fingerprint=base.fingerprint, precision="fp32")
+    page = read_corpus("wikitext2").documents[0].cut(900, lambda text: len(base.tokenizer(text)["input_ids"]))
+    corpus = Corpus("page", (page,))
+    found = measure_perplexity(encoder, base.tokenizer, corpus, window=window, stride=stride).to_dict()
+    word, byte = word_and_byte_perplexity(encoder, base.tokenizer, [page.original], window)
+    same = pytest.approx(word, rel=5e-5), pytest.approx(byte, rel=5e-5)
+    assert ((found["word"], found["byte"]) == same) is (stride == window)
 
 
 def test_wikitext_is_detokenized_as_lm_eval_does(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

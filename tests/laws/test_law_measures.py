@@ -109,7 +109,7 @@ def vectors_are_centred() -> AbstractContextManager[None]:
 
 
 def a_vector_and_itself_are_a_pair() -> AbstractContextManager[None]:
-    def wrong(vectors: Any) -> float:
+    def wrong(vectors: Any, **_: Any) -> float:
         return math.log(float(torch.exp(-2 * torch.cdist(vectors.double(), vectors.double()) ** 2).mean()))
 
     return replaced(geometry, "uniformity", wrong)

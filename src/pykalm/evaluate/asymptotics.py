@@ -10,20 +10,17 @@ sum under the logarithm runs over the population, each member once; so does the 
 log(M / (M − 1)).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pykalm.errors import ModelError, UsageError
+from pykalm.evaluate.geometry import FloatArray, Step
 from pykalm.graph.graph import IntArray
-
-FloatArray = npt.NDArray[np.float64]
-Step = Callable[[int], None]
 
 SCORES_AT_ONCE = 1 << 21
 """Scores, float64, of which a few copies are held at the same time: 16 MB each."""
@@ -81,7 +78,7 @@ def measure_asymptotics(
     """Measure L_exp − log N of pairs (P, 2) of rows of query (Q, D) and candidates (C, D), both populations, unit rows.
 
     num_negatives: powers of 2 up to all others of the smaller population by default. Margin 0; all in float64, in chunks.
-    `step` is told how many pairs are done, of 2 P. Raises UsageError for a number of negatives that the populations lack.
+    `step` is told how many more pairs are done, of 2 P. Raises UsageError for a number of negatives that the populations lack.
     """
     most = min(len(query), len(candidates)) - 1
     numbers = tuple(ladder(most) if num_negatives is None else num_negatives)
@@ -99,8 +96,8 @@ def measure_asymptotics(
 
 
 def ladder(most: int) -> list[int]:
-    """Return 1, 2, 4, ... and at last `most`."""
-    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    """Return 1, 2, 4, ... and at last `most`, without a power of 2 that comes too close to it."""
+    powers = [1 << power for power in range(most.bit_length()) if 1.4 * (1 << power) < most]
     return [*powers, most]
 
 

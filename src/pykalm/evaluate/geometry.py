@@ -1,6 +1,7 @@
 """How vectors lie: alignment, uniformity, mean cosine and the spectrum of a set of them. METHOD.md §8."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from pykalm.errors import ModelError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
+Step = Callable[[int], None]
 
 PRODUCTS_AT_ONCE = 1 << 22
 """Products of vectors, float64, that are held at the same time: 32 MB."""
@@ -54,13 +56,16 @@ class Geometry:
         }
 
 
-def measure_geometry(vectors: Tensor, *, alignment: float | None = None) -> Geometry:
-    """Measure a set of unit vectors (n, D), n at least 2, in float64. Raises UsageError for fewer, ModelError for a NaN."""
+def measure_geometry(vectors: Tensor, *, alignment: float | None = None, step: Step | None = None) -> Geometry:
+    """Measure a set of unit vectors (n, D), n at least 2, in float64; `step` is told how many more of them are done.
+
+    Raises UsageError for fewer, ModelError for a NaN.
+    """
     if len(vectors) < 2:
         raise UsageError(f"wanted at least two vectors to compare, found {len(vectors)}. Raise the limit.")
     if not bool(vectors.isfinite().all()):
         raise ModelError("wanted finite vectors, found NaN or infinity. The weights are damaged.")
-    return Geometry(len(vectors), alignment, uniformity(vectors), mean_cosine(vectors), spectrum(vectors))
+    return Geometry(len(vectors), alignment, uniformity(vectors, step=step), mean_cosine(vectors), spectrum(vectors))
 
 
 def alignment(query: Tensor, answers: Tensor) -> float:
@@ -68,7 +73,7 @@ def alignment(query: Tensor, answers: Tensor) -> float:
     return float((query.double() - answers.double()).square().sum(dim=1).mean())
 
 
-def uniformity(vectors: Tensor) -> float:
+def uniformity(vectors: Tensor, *, step: Step | None = None) -> float:
     """Return log E e^{−2‖x − y‖²} over pairs of different vectors of (n, D): 0 where all are equal, lower when spread."""
     rows = vectors.double()
     squares, total = rows.square().sum(dim=1), 0.0
@@ -79,6 +84,8 @@ def uniformity(vectors: Tensor) -> float:
         weights = torch.exp(-2 * distances)
         weights.diagonal(start).zero_()  # a vector and itself are no pair
         total += float(weights.sum())
+        if step is not None:
+            step(len(weights))
     return math.log(total / (len(rows) * (len(rows) - 1)))
 
 

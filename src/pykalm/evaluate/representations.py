@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pykalm.errors import GraphError, UsageError
 from pykalm.evaluate.asymptotics import Asymptotics, measure_asymptotics
-from pykalm.evaluate.geometry import Geometry, alignment, measure_geometry
+from pykalm.evaluate.geometry import Geometry, Step, alignment, measure_geometry
 from pykalm.evaluate.links import GraphTexts
 from pykalm.evaluate.similarity import FloatMatrix, sample_triples, similarity_matrix, triple_labels
 from pykalm.files import replace_file
@@ -145,19 +145,13 @@ def measure_representations(
     vectors = torch.split(encoder.embed(Texts.chain(parts), progress=progress), [len(part) for part in parts])
     query, candidates = vectors[:2]
     left, right = (torch.from_numpy(side) for side in chosen.pairs.T)
+    step = _counted(progress, sum(map(len, vectors)) + 2 * len(chosen.pairs))
     groups = {
-        "queries": measure_geometry(query, alignment=alignment(query[left], candidates[right])),
-        "candidates": measure_geometry(candidates),
+        "queries": measure_geometry(query, alignment=alignment(query[left], candidates[right]), step=step),
+        "candidates": measure_geometry(candidates, step=step),
     }
-    groups |= {"sentences": measure_geometry(vectors[2])} if sentences else {}
-    curve = measure_asymptotics(
-        query,
-        candidates,
-        chosen.pairs,
-        temperature=temperature,
-        seed=seed,
-        step=_counted(progress, 2 * len(chosen.pairs)),
-    )
+    groups |= {"sentences": measure_geometry(vectors[2], step=step)} if sentences else {}
+    curve = measure_asymptotics(query, candidates, chosen.pairs, temperature=temperature, seed=seed, step=step)
     shown = {"triples": _similar_triples(graph, encoder, texts, sample_triples(graph, split, count=SHOWN, seed=seed))}
     shown |= {"sentences": _similar_sentences(sentences, vectors[2], seed)} if sentences else {}
     said = f"{len(sentences)} plain sentences, last token" if sentences else "no plain sentences"
@@ -167,8 +161,8 @@ def measure_representations(
     return GeometryReport(graph.name, split, protocol, groups, curve, shown, about or {})
 
 
-def _counted(progress: Progress | None, total: int) -> Any:
-    """Return a function that is told of so many more pairs, and tells how many are done."""
+def _counted(progress: Progress | None, total: int) -> Step:
+    """Return a function that is told of so many more vectors or pairs, and tells how many are done."""
     done = 0
 
     def step(number: int) -> None:

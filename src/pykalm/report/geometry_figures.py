@@ -1,13 +1,14 @@
 """Figures of what alignment does to representations, from two results files: Theorem 1, spectra, similarity of sentences."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pykalm.report.figures import DPI, INK, save_figure, similarity_figure
 
@@ -19,6 +20,8 @@ STYLES: dict[str, dict[str, Any]] = {
 GRID, FAINT = "#e4e4e4", "#666666"
 GROUPS = {"queries": "queries (h, r)", "candidates": "candidates t", "sentences": "plain sentences"}
 ENDINGS = (".png", ".svg")
+LABEL_HEIGHT = 0.24
+"""Share of the axes' height that the label of a curve takes."""
 
 
 def draw_geometry(before: Mapping[str, Any], after: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -48,11 +51,11 @@ def theorem_figure(curves: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         colour = STYLES[label]["color"]
         axes.axhline(curve["limit"], color=colour, linestyle=(0, (5, 3)), linewidth=1.3)
         axes.plot(numbers, losses, linewidth=1.8, **STYLES[label])
-        gap = abs(losses[-1] / curve["limit"] - 1) if curve["limit"] else float("nan")
-        axes.annotate(
-            f"{label}\nlimit {curve['limit']:.2f}\nmeasured {losses[-1]:.2f}\n({100 * gap:.2g} % apart)",
-            (1.02, curve["limit"]), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=colour,
-        )  # fmt: skip
+    for (label, curve), height in zip(curves.items(), _label_heights(axes, curves), strict=True):
+        last, limit = curve["normalised_loss"][-1], curve["limit"]
+        gap = f"\n({100 * abs(last / limit - 1):.2g} % apart)" if limit else ""
+        said = f"{label}\nlimit {limit:.2f}\nmeasured {last:.2f}{gap}".replace("-", "−")
+        axes.text(1.02, height, said, transform=axes.transAxes, va="center", fontsize=8.5, color=STYLES[label]["color"])
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.85, most * 1.18)
     axes.set_xlabel("number of negatives N", fontsize=9.5, color=INK)
@@ -78,12 +81,16 @@ def spectrum_figure(groups: Mapping[str, Mapping[str, Any]], names: list[str], p
             ranks.append(f"{measured[name]['effective_rank']:.1f}")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=100))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel("eigenvalue, largest first", fontsize=9.5, color=INK)
         _title(axes, GROUPS[name], f"effective rank {' → '.join(ranks)}")
         _plain(axes)
     panels[0].set_ylabel("share of the sum", fontsize=9.5, color=INK)
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    panels[0].yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{100 * value:.10f}".rstrip("0").rstrip(".") + " %")
+    )
     panels[-1].legend(frameon=False, fontsize=9, loc="lower left", labelcolor=INK)
     save_figure(figure, path)
 
@@ -100,6 +107,18 @@ def sentence_figure(before: Mapping[str, Any], after: Mapping[str, Any], path: P
         title="Similarity of plain sentences",
         diagonal=None,
     )
+
+
+def _label_heights(axes: Axes, curves: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Return how high in the axes the label of each curve stands: at its limit, or beside it where two would touch."""
+    low, high = axes.get_ylim()
+    heights = np.array([(curve["limit"] - low) / (high - low) for curve in curves.values()])
+    order = np.argsort(heights)
+    for below, above in pairwise(order):
+        missing = max(0.0, LABEL_HEIGHT - (heights[above] - heights[below]))
+        heights[below] -= missing / 2
+        heights[above] += missing / 2
+    return [float(height) for height in heights]
 
 
 def _temperature(curves: Mapping[str, Mapping[str, Any]]) -> str:
