@@ -218,6 +218,8 @@ def question_result(lines: Sequence[dict[str, Any]], aligned: bool) -> dict[str,
             baselines["copy-description"] = {"exact": 0.02, "contains": 0.09, "any_valid": 0.13}
         tasks[task] = {"num_questions": len(own), "exact": share * 0.8, "contains": share * 0.9, "any_valid": share,
                        "baselines": baselines}  # fmt: skip
+    tasks["classification"]["by_score"] = {"random": {"accuracy": 0.91, "num_questions": 120}}
+    tasks["tail"]["ranked"] = {"k": 5, "num_questions": 120, "hits_at_1": 0.4, "hits_at_5": 0.7}
     return {
         "protocol": "greedy, at most 32 tokens, stops at the end of text or a line",
         "tasks": tasks,

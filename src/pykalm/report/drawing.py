@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 INK, FAINT, RULE = "#1d2733", "#66717d", "#dfe4e9"
-ALIGNED, UNALIGNED, REFERENCE = "#1b6e9e", "#a8b1bb", "#c4751a"
+ALIGNED, UNALIGNED, REFERENCE = "#1b6e9e", "#98a3ae", "#c4751a"
 ROLES = {"ink": INK, "faint": FAINT, "rule": RULE, "aligned": ALIGNED, "unaligned": UNALIGNED, "reference": REFERENCE}
 COLOURS = {"aligned": ALIGNED, "unaligned": UNALIGNED}
 HEAT = "viridis"  # equal steps in cosine look equal, in print and to the colour-blind

@@ -87,10 +87,22 @@ class QuestionSet(Accuracy):
     baselines: dict[str, Accuracy] = {}
 
 
+class Scored(Record):
+    """Classification by link prediction score, without a word."""
+
+    accuracy: Share
+
+
 class QuestionTask(QuestionSet):
-    """One of the four tasks; hard: the same against the negatives that the graph ships."""
+    """One of the four tasks.
+
+    hard: the same against the negatives that the graph ships; by_score: how well the scores of link prediction classify,
+    by kind of negatives; ranked: hits among the likeliest choices, as "hits_at_5".
+    """
 
     hard: QuestionSet | None = None
+    by_score: dict[str, Scored] | None = None
+    ranked: dict[str, float] | None = None
 
 
 class QuestionResult(About):

@@ -108,8 +108,9 @@ def _results(run: RunFiles) -> Mapping[str, GeometryResult]:
 
 def _missing(run: RunFiles) -> Iterator[Missing]:
     """Say what has not been measured of the geometry."""
+    setting = run.geometry[0].setting if run.geometry else ()
     commands = tuple(
-        run.command("geometry", baseline=label == "unaligned")
+        run.command("geometry", setting, baseline=label == "unaligned")
         for label in ("unaligned", "aligned")
         if label not in _results(run)
     )

@@ -12,7 +12,8 @@ UNITS = ("word", "token", "byte")
 
 def language_section(run: RunFiles) -> Section:
     """Lay out perplexities and benchmarks of the unaligned and the aligned model."""
-    both = (run.command("language", baseline=True), run.command("language"))
+    setting = run.language[0].setting if run.language else ()
+    both = (run.command("language", setting, baseline=True), run.command("language", setting))
     if not run.language:
         missing = Missing("Neither model has been measured.", both)
         return Section("language", "Language", LEAD, [missing])

@@ -9,7 +9,7 @@ from pykalm.report.charts import columns
 from pykalm.report.commands import describe_setting
 from pykalm.report.drawing import ALIGNED, REFERENCE, UNALIGNED, tidy
 from pykalm.report.paper import PUBLISHED_ANSWERS, QUESTION_SOURCE
-from pykalm.report.records import Accuracy, Answer, QuestionResult, QuestionSet
+from pykalm.report.records import Accuracy, Answer, QuestionResult, QuestionSet, QuestionTask
 from pykalm.report.run_files import Measured, RunFiles
 
 TASKS = ("head", "tail", "relation", "classification")
@@ -132,6 +132,17 @@ def _task_rows(measured: Measured[QuestionResult], task: str) -> Iterator[Row]:
                 yield Row((label, *_percents(model)), is_emphasised=label == "aligned")
             for label, baseline in one.baselines.items():
                 yield Row((f"{label}, no model", *_percents(baseline)))
+    for label, model in found.items():
+        yield from _further_rows(label, model)
+
+
+def _further_rows(label: str, task: QuestionTask) -> Iterator[Row]:
+    """Yield what else was measured of a task: the likeliest choices, and classification by the scores of link prediction."""
+    hits = {name.removeprefix("hits_at_"): share for name, share in (task.ranked or {}).items() if "hits_at_" in name}
+    for count, share in hits.items():
+        yield Row((f"{label}, among its first {count} choices", f"{100 * share:.1f}", "–", "–"))
+    for kind, scored in (task.by_score or {}).items():
+        yield Row((f"{label}, by link prediction score, {kind} negatives", f"{100 * scored.accuracy:.1f}", "–", "–"))
 
 
 def _percents(accuracy: Accuracy) -> Iterator[str]:
