@@ -128,9 +128,9 @@ def keep_results_only(full: Path) -> None:
 
 
 def shortened(full: Path, name: str) -> Any:
-    """Return the content of a results file with one relation and one task only."""
+    """Return the content of a results file with one relation, task and group only."""
     tree = json.loads((full / "results" / f"{name}.json").read_bytes())
-    for key in {"relations", "tasks"} & tree.keys():
+    for key in {"relations", "tasks", "groups"} & tree.keys():
         tree[key] = dict(list(tree[key].items())[:1])
     return tree
 

@@ -23,6 +23,8 @@ from pykalm.report.drawing import (
 )
 
 Points = tuple[Sequence[float], Sequence[float]]
+ROUNDING = 1e-8
+"""Shares of eigenvalues below this are rounding errors of float32 vectors."""
 MAX_POINTS = 600
 """Points of a drawn curve; longer ones are averaged in blocks, since no screen shows more."""
 
@@ -91,7 +93,7 @@ def spectrum(name: str, title: str, shares: Mapping[str, Sequence[float]]) -> Dr
 
     def paint(axes: Axes) -> None:
         for label, values in shares.items():
-            positive = [value for value in values if value > 0]
+            positive = [value for value in values if value > ROUNDING]
             axes.plot(range(1, len(positive) + 1), positive, color=COLOURS[label], label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")

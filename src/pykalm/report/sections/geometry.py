@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from pykalm.report.blocks import Block, Figures, Listing, Missing, Note, Picture, Row, Section, Table
-from pykalm.report.charts import columns, limit_curve, matrix, spectrum
+from pykalm.report.charts import ROUNDING, columns, limit_curve, matrix, spectrum
 from pykalm.report.drawing import COLOURS, Drawing, tidy
 from pykalm.report.records import GeometryResult, Matrix, Theorem, TripleSimilarity
 from pykalm.report.run_files import RunFiles
@@ -61,6 +61,8 @@ def spectrum_section(run: RunFiles) -> Section:
         "Alignment: mean squared distance of question and answer. Uniformity: log mean of exp(−2 · squared distance). Top "
         "eigenvalue: its share of the spectrum. Effective rank: exponential of the spectrum's entropy."
     )
+    protocol = next(iter(results.values())).protocol
+    caption += f" Measured on {protocol}." if protocol else ""
     blocks: list[Block] = [Table(("model", *MEASURES.values()), rows, caption)]
     drawings = list(_spectra(names, results))
     if drawings:
@@ -174,7 +176,7 @@ def _spectra(names: list[str], results: Mapping[str, GeometryResult]) -> Iterato
         shares = {
             label: one.groups[name].spectrum
             for label, one in results.items()
-            if name in one.groups and any(share > 0 for share in one.groups[name].spectrum)
+            if name in one.groups and any(share > ROUNDING for share in one.groups[name].spectrum)
         }
         if shares:
             yield spectrum(f"spectrum-{names.index(name) + 1}", f"Spectrum of the {name}", shares)
@@ -191,7 +193,7 @@ def _gap(label: str, theorem: Theorem) -> str:
     near = f", {100 * abs(loss / theorem.limit - 1):.1f} % apart" if theorem.limit else ""
     heat = "" if theorem.temperature is None else f" (τ = {theorem.temperature:.4f})"
     text = f"{label.capitalize()}{heat}: {loss:.3f} at N = {number:,}, limit {theorem.limit:.3f}{near}."
-    return text.replace("-", "−").replace("= ", "=\N{NO-BREAK SPACE}")
+    return text.replace("-", "−").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
 
 
 def _measure(value: float | None) -> str:
