@@ -69,6 +69,12 @@ def test_a_limit_has_a_file_of_its_own(run: Path, note: Path, capsys: pytest.Cap
     assert found["perplexity"]["note"]["num_tokens"] <= 50  # type: ignore[index]
 
 
+def test_one_text_needs_no_list(run: Path, note: Path) -> None:
+    found = pykalm.evaluate_language(pykalm.load_run(run), texts=str(note), window=100)
+    assert list(found.perplexity) == ["note"]
+    assert found.about["precision"] == "float32"
+
+
 def test_a_text_that_is_not_there_is_said(run: Path, note: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "language", str(run)]) == 2
     assert "$KALM_DATA" in capsys.readouterr().err

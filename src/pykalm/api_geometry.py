@@ -31,7 +31,7 @@ def evaluate_geometry(
     baseline: bool = False,
     progress: Progress | None = None,
 ) -> GeometryReport:
-    """Measure how queries, candidates and plain sentences lie, and Theorem 1, and save it under RUN/results. METHOD.md §8.
+    """Measure how queries, candidates and plain sentences lie, and Theorem 1, and save it under RUN/results. docs/measures.md.
 
     split: evaluation.split of the run by default; sentences: wikitext103, wikitext2 or a text file to draw them from;
     where WikiText is not on this machine they are left out, and a warning says so. limit: so many entities, queries and

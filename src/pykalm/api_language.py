@@ -16,8 +16,8 @@ __all__ = ["LanguageReport", "evaluate_language"]
 def evaluate_language(
     run: Run,
     *,
-    texts: Sequence[str | Path] = (),
-    tasks: Sequence[str] = (),
+    texts: Sequence[str | Path] | str | Path = (),
+    tasks: Sequence[str] | str = (),
     window: int | None = None,
     stride: int | None = None,
     limit_tokens: int | None = None,
@@ -27,16 +27,19 @@ def evaluate_language(
     baseline: bool = False,
     progress: Progress | None = None,
 ) -> LanguageReport:
-    """Measure perplexity on texts and lm-eval's tasks, and save them under RUN/results. EVALUATION.md §3.
+    """Measure perplexity on texts and lm-eval's tasks, and save them under RUN/results. docs/measures.md.
 
-    texts: wikitext2, wikitext103 or text files, wikitext2 where neither texts nor tasks are named; window and stride in
-    tokens; limit_tokens: the beginning of each text only; limit: the first so many questions of each task; baseline:
-    measure the unaligned model instead. Raises UsageError for what is not there, KalmError where lm-eval is missing,
-    UnsavedReport, which holds the report, where RUN/results cannot be written. Several processes each do all of it.
+    texts: one or several of wikitext2, wikitext103 and text files, wikitext2 where neither texts nor tasks are named;
+    window and stride in tokens; limit_tokens: the beginning of each text only; limit: the first so many questions of each
+    task; baseline: measure the unaligned model instead. Raises UsageError for what is not there, KalmError where lm-eval
+    is missing, UnsavedReport, which holds the report, where RUN/results cannot be written. Several processes each do all
+    of it.
     """
     measured = load_baseline(run) if baseline else run
+    names = (tasks,) if isinstance(tasks, str) else tasks
+    sources = (texts,) if isinstance(texts, str | Path) else texts
     settings = LanguageSettings(
-        texts=texts or (() if tasks else ("wikitext2",)), tasks=tasks, window=window, stride=stride,
+        texts=sources or (() if names else ("wikitext2",)), tasks=names, window=window, stride=stride,
         limit_tokens=limit_tokens, limit=limit, shots=shots, batch_size=batch_size,
     )  # fmt: skip
     report = measure_language(

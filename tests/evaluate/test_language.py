@@ -117,3 +117,10 @@ def test_a_wrong_line_of_mmlu_is_named(tmp_path: Path, row: str) -> None:
         harness._mmlu_rows(path, "x")
     with pytest.raises(KalmError, match="cannot be read"):
         harness._mmlu_rows(tmp_path / "y_dev.csv", "y")
+
+
+def test_tasks_in_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_require_lm_eval", lambda: None)
+    monkeypatch.setattr(harness, "num_launched", lambda: 2)
+    with pytest.raises(UsageError, match="in one process"):
+        measure(tiny_encoder(), tasks=["mmlu"])

@@ -133,8 +133,10 @@ def test_mmlu_from_local_files_asks_what_lm_eval_asks(mmlu: Path, letter: str, a
     assert found["mmlu"].shots == 5
     assert set(found["mmlu"].parts) == {"mmlu_anatomy", "mmlu_world_religions"}
     assert "acc_stderr" in found["mmlu"].metrics
-    asked = tokenizer.decode(hook.read[0][0])
-    assert asked.endswith("Answer:") or " " in asked[-2:]
+    asked = tokenizer.decode(hook.read[0][0])  # the longest come first; a letter is a space and a byte here
+    assert asked.split("\n")[0].endswith("questions (with answers) about world religions.")
+    assert asked.count("A. no\nB. yes\nC. no\nD. no\nAnswer: B\n\n") == 5
+    assert asked.endswith("q 0, of world_religions?\nA. no\nB. yes\nC. no\nD. no\nAnswer: ")
 
 
 def test_a_task_whose_data_cannot_be_had_and_an_unknown_task_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Theorem 1 as a measurement: the contrastive loss with N negatives, less log N, against N and against its limit.
 
-METHOD.md §8. For positives (q, k) and populations of queries and candidates,
+docs/measures.md. For positives (q, k) and populations of queries and candidates,
 
     L(N) − log N,  where  L(N) = mean of −log( e^{q·k/τ} / (e^{q·k/τ} + Σ over N negatives e^{s/τ}) )  in both views, halved,
 

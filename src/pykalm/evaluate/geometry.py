@@ -1,4 +1,4 @@
-"""How vectors lie: alignment, uniformity, mean cosine and the spectrum of a set of them. METHOD.md §8."""
+"""How vectors lie: alignment, uniformity, mean cosine and the spectrum of a set of them. docs/measures.md."""
 
 import math
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import copy
 import csv
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from pykalm.errors import KalmError, UsageError
 from pykalm.graph.catalogue import search_path
 from pykalm.graph.names import nearest, suggestion
+from pykalm.launch import num_launched
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
 
@@ -61,9 +63,12 @@ def run_tasks(
     """Run tasks of lm-eval by name on the model of an encoder, in its precision; log-softmax in float32.
 
     shots: examples before each question, as the task says by default (5 for MMLU); limit: the first questions of each
-    task only. Raises KalmError where lm-eval is missing or cannot load a task's data, UsageError for an unknown task.
+    task only. Raises KalmError where lm-eval is missing or cannot load a task's data, UsageError for an unknown task or
+    several processes.
     """
     _require_lm_eval()
+    if num_launched() > 1:
+        raise UsageError("lm-eval's tasks run in one process here. Launch one, or leave --tasks out.")
     import lm_eval  # noqa: PLC0415
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
@@ -98,7 +103,7 @@ def read_result(found: Mapping[str, Any], name: str, source: str) -> TaskResult:
     metrics = {
         key.removesuffix(",none"): float(value)
         for key, value in values.items()
-        if "," in key and isinstance(value, int | float)
+        if "," in key and isinstance(value, int | float) and math.isfinite(value)
     }
     below = found.get("group_subtasks", {}).get(name, [] if values else list(found["results"]))
     parts = {part: read_result(found, part, source) for part in below if part in found["results"]}
@@ -168,7 +173,8 @@ def _local_mmlu_group(manager: Any, folder: Path | None, name: str) -> Any:
 
     if folder is None or name.split("_")[0] != MMLU:
         return None
-    subjects = {f"{MMLU}_{file.stem.removesuffix('_test')}" for file in folder.glob("test/*_test.csv")}
+    files = {f"{MMLU}_{file.stem.removesuffix('_test')}" for file in folder.glob("test/*_test.csv")}
+    subjects = files & set(manager.all_tasks)
     in_field = getattr(manager.task_index.get(f"{name}_tasks"), "tags", None) or {name}
     chosen = sorted(subjects if name == MMLU else subjects & set(in_field))
     if not chosen:
@@ -181,9 +187,8 @@ def _local_mmlu_group(manager: Any, folder: Path | None, name: str) -> Any:
         }
         for task in chosen
     ]
-    (group,) = manager.load({"group": name if chosen != [name] else f"{name}, alone", "task": members})[
-        "groups"
-    ].values()
+    label = f"{name}, alone" if chosen == [name] else name  # a group must not bear the name of a task in it
+    group = manager.load({"group": label, "task": members})["groups"][label]
     group.aggregate_metric_list = [AggMetricConfig(metric="acc", weight_by_size=True)]
     return group
 

@@ -1,4 +1,4 @@
-"""Does the model still speak? Perplexity on plain texts and the tasks of lm-eval, in one report. EVALUATION.md §3."""
+"""Does the model still speak? Perplexity on plain texts and the tasks of lm-eval, in one report. docs/measures.md."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model on plain texts, by a sliding window. EVALUATION.md §3.
+"""Perplexity of a causal language model on plain texts, by a sliding window. docs/measures.md.
 
 A window reads at most `window` tokens and counts the last `stride` of those that it predicts, the first window all of them:
 every token is predicted once, from at least window − stride + 1 tokens before it (or all there are, a begin-of-text token

@@ -1,6 +1,6 @@
 """The representations of a run's graph and of plain sentences: which vectors are measured, and the report of it.
 
-EVALUATION.md §4. Queries and entities are populations of one size, so that Theorem 1 means the same N in both views.
+docs/measures.md. Queries and entities are populations of one size, so that Theorem 1 means the same N in both views.
 """
 
 import json
@@ -154,7 +154,7 @@ def measure_representations(
     curve = measure_asymptotics(query, candidates, chosen.pairs, temperature=temperature, seed=seed, step=step)
     shown = {"triples": _similar_triples(graph, encoder, texts, sample_triples(graph, split, count=SHOWN, seed=seed))}
     shown |= {"sentences": _similar_sentences(sentences, vectors[2], seed)} if sentences else {}
-    said = f"{len(sentences)} plain sentences, last token" if sentences else "no plain sentences"
+    said = f"{len(sentences)} plain sentences, pooled as the other texts" if sentences else "no plain sentences"
     protocol = (
         f"{chosen.sampling}; {said}; negatives of Theorem 1 are drawn from all others, known answers too, margin 0"
     )
