@@ -42,6 +42,12 @@ def test_a_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     assert remedy.format(run=full) in problem
 
 
+def test_a_line_of_ranks_without_its_columns_is_named_by_its_number(full: Path) -> None:
+    (full / "results" / "links.ranks.tsv").write_text("head\trealistic\na\t1.5\nb\n", encoding="utf-8")
+    (problem,) = read_run_files(full).problems
+    assert "links.ranks.tsv:3: wanted a realistic rank, found: too few columns. Make it again: kalm" in problem
+
+
 def test_a_line_that_a_kill_cut_off_is_no_damage(full: Path) -> None:
     with (full / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 177, "lo')

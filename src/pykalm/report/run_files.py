@@ -180,8 +180,9 @@ class _Reader:
                     raise ValueError(f"{ranks[-1]} is no rank")
             return ranks
         except (ValueError, IndexError) as error:
+            found = _one_line(error) if isinstance(error, ValueError) else "too few columns"
             remedy = f"Make it again: {command}"
-            self.problem(place, f"found: {_one_line(error)}", wanted="a rank", remedy=remedy)
+            self.problem(place, f"found: {found}", wanted="a realistic rank", remedy=remedy)
             return []
 
     def lines(self, name: str, text: str, shape: type[R], remedy: str) -> list[R]:
