@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pykalm.report.tables import METRICS, _table
+from pykalm.report.tables import METRICS, new_table
 
 WITH_INTERVALS = {name: heading for name, heading in METRICS.items() if name != "mr"}
 ABLATION_LEGEND = (
@@ -45,7 +45,7 @@ def rerank_table(result: Mapping[str, Any]) -> Table:
 def ablation_table(result: Mapping[str, Any]) -> Table:
     """Lay out an ablation (`ablate.run_ablation`): by variant the mean over its seeds ± their standard deviation."""
     seeds = ", ".join(map(str, result["seeds"]))
-    table = _table(
+    table = new_table(
         f"Ablation on {result['graph']}, {result['split']}, {result['model']}",
         caption=f"Mean ± standard deviation over seeds {seeds}; the same {result['budget']} for all. {ABLATION_LEGEND}",
     )
@@ -60,7 +60,7 @@ def ablation_table(result: Mapping[str, Any]) -> Table:
 
 
 def _interval_table(title: str, caption: str) -> Table:
-    table = _table(title, caption=caption)
+    table = new_table(title, caption=caption)
     table.add_column("model")
     for heading in METRICS.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from pykalm.report.tables import new_table
 
 MEASURES = {
     "num_vectors": ("vectors", "{:,}"),
@@ -91,10 +92,7 @@ def _table(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int, caption: str | None = None
 ) -> Table:
     """Return a table whose first columns are texts and whose others are numbers."""
-    table = Table(
-        title=Text(title, style="bold"), caption=Text(caption, style="dim") if caption else None, title_justify="left",
-        caption_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = new_table(title, caption=caption)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place < texts else "right", no_wrap=place >= texts)
     for row in rows:

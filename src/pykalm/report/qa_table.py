@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from pykalm.report.tables import new_table
 
 COLUMNS = {"exact": "exact", "contains": "contains", "any_valid": "any valid"}
 Row = tuple[str, Mapping[str, float]]
@@ -14,16 +15,7 @@ Row = tuple[str, Mapping[str, float]]
 def qa_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Lay out results of question answering (`QaReport.to_dict`) by label, such as unaligned and aligned: shares in %."""
     first = next(iter(results.values()))
-    table = Table(
-        title=Text(f"Questions about {first['graph']}, {first['split']}", style="bold"),
-        caption=Text(str(first["protocol"]), style="dim"),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        header_style="bold",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = new_table(f"Questions about {first['graph']}, {first['split']}", caption=str(first["protocol"]))
     table.add_column("task")
     table.add_column("answered by", no_wrap=True)
     for heading in ("questions", *COLUMNS.values()):

@@ -19,7 +19,7 @@ METRICS = {"mr": "MR", "mrr": "MRR", "hits_at_1": "H@1", "hits_at_3": "H@3", "hi
 def link_prediction_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Lay out link prediction results (`LinkPredictionReport.to_dict`) by label, such as unaligned and aligned."""
     first = next(iter(results.values()))
-    table = _table(f"Link prediction on {first['graph']}, {first['split']}", caption=str(first["protocol"]))
+    table = new_table(f"Link prediction on {first['graph']}, {first['split']}", caption=str(first["protocol"]))
     table.add_column("model")
     table.add_column("side")
     for heading in METRICS.values():
@@ -35,7 +35,7 @@ def link_prediction_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def relation_table(result: Mapping[str, Any]) -> Table:
     """Lay out one result by relation, the most frequent first: both sides together, then the MRR of each."""
-    table = _table(f"By relation: {result['graph']}, {result['split']}")
+    table = new_table(f"By relation: {result['graph']}, {result['split']}")
     table.add_column("relation", max_width=32)
     for heading in ("triples", *METRICS.values(), "MRR head", "MRR tail"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -61,7 +61,7 @@ def prediction_table(prediction: PlainPrediction) -> RenderableType:
     """Lay out the answers to a question, under a line for each choice that was made in understanding it."""
     data = prediction.to_dict()
     answers = data["answers"]
-    table = _table(f"{data['entity']['name']} → {data['relation_text']} → ?")
+    table = new_table(f"{data['entity']['name']} → {data['relation_text']} → ?")
     table.add_column("", justify="right", style="dim")
     has_descriptions = any(answer["description"] for answer in answers)
     table.add_column("answer", no_wrap=True, overflow="ellipsis", max_width=28 if has_descriptions else None)
@@ -101,7 +101,7 @@ def _understanding(prediction: Mapping[str, Any]) -> list[Text]:
 def graph_check_table(check: GraphCheck) -> RenderableType:
     """Lay out the counts of a graph by split, then its problems, its remarks and examples of them."""
     splits = list(check.triples)
-    table = _table(
+    table = new_table(
         f"{check.name}: {check.num_entities:,} entities, {check.num_relations:,} relations", caption=_text_line(check)
     )
     table.add_column("")
@@ -125,7 +125,7 @@ def graph_check_table(check: GraphCheck) -> RenderableType:
 
 def catalogue_table(entries: Sequence[GraphEntry]) -> Table:
     """Lay out the graphs that go by a name, and where each lies."""
-    table = _table("Graphs by name")
+    table = new_table("Graphs by name")
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("what it is", max_width=44)
     table.add_column("where", style="dim", overflow="fold")
@@ -135,7 +135,8 @@ def catalogue_table(entries: Sequence[GraphEntry]) -> Table:
     return table
 
 
-def _table(title: str, *, caption: str | None = None) -> Table:
+def new_table(title: str, *, caption: str | None = None) -> Table:
+    """Return an empty table in the style that all tables have."""
     return Table(
         title=Text(title, style="bold"),
         caption=Text(caption, style="dim") if caption else None,
