@@ -126,17 +126,14 @@ def evaluate_links(
         chunk_queries=run.config.evaluation.chunk_queries,
         dtype=_vector_type(run),
         device=measured.encoder.device,
-        about=_about(run, baseline=baseline),
+        about=about_run(run, baseline=baseline),
         progress=progress,
     )
     if own and saved is None:
         _keep_index(index, run.path / "index")
-    label = _graph_label(run.graph) if graph is not None else ""
-    name = results_name("links", graph=label, split=split, limit=limit, baseline=baseline)
-    try:
-        on_main(lambda: report.save(run.path / "results", name))
-    except KalmError as error:
-        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    label = graph_label(run.graph) if graph is not None else ""
+    name = results_name("links", label, split=split, limit=limit, baseline=baseline)
+    save_report(run, report, name)
     return report
 
 
@@ -296,19 +293,35 @@ def _keep_index(index: EntityIndex, folder: Path) -> None:
         log.warning("kalm: the entity vectors are not kept for the next time. %s", error)
 
 
-def results_name(kind: str, *, split: str, graph: str = "", limit: int | None = None, baseline: bool = False) -> str:
+def save_report(run: Run, report: Any, name: str) -> None:
+    """Let a report save itself under RUN/results; raises UnsavedReport, which holds it, where that cannot be written."""
+    try:
+        on_main(lambda: report.save(run.path / "results", name))
+    except KalmError as error:
+        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+
+
+def results_name(
+    kind: str,
+    *settings: str,
+    split: str = "test",
+    limit: int | None = None,
+    unit: str = "triples",
+    baseline: bool = False,
+) -> str:
     """Name the files of a measurement under RUN/results: its kind, then whatever is not as it mostly is."""
-    parts = [kind, graph, split if split != "test" else "", f"{limit}-triples" if limit else "",
+    parts = [kind, *settings, split if split != "test" else "", f"{limit}-{unit}" if limit else "",
              "baseline" if baseline else ""]  # fmt: skip
     return ".".join(part for part in parts if part)
 
 
-def _graph_label(graph: KnowledgeGraph) -> str:
+def graph_label(graph: KnowledgeGraph) -> str:
     """Name a graph in the name of a file: graphs of one name in different folders have files of their own."""
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', graph.name)}-{graph.fingerprint()[:6]}"
 
 
-def _about(run: Run, *, baseline: bool) -> dict[str, object]:
+def about_run(run: Run, *, baseline: bool) -> dict[str, object]:
+    """Say what the figures of a run belong to: model, wording and seed."""
     return {
         "model": run.config.model,
         "aligned": not baseline,

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pykalm.api import UnsavedReport, _about, open_index, results_name
-from pykalm.errors import KalmError, UsageError
+from pykalm.api import about_run, open_index, results_name, save_report
+from pykalm.errors import UsageError
 from pykalm.evaluate.bootstrap import SAMPLES
 from pykalm.evaluate.compare import Measurement, compare, read_measurement
 from pykalm.evaluate.rerank import K
 from pykalm.evaluate.rerank_report import RerankReport, rerank_links
 from pykalm.model.encoder import Progress
 from pykalm.model.run import Run
-from pykalm.processes import on_main
 
 __all__ = ["compare_runs", "evaluate_rerank"]
 
@@ -95,11 +94,8 @@ def evaluate_rerank(
         seed=run.config.seed,
         chunk_queries=run.config.evaluation.chunk_queries,
         device=run.encoder.device,
-        about=_about(run, baseline=False),
+        about=about_run(run, baseline=False),
         progress=progress,
     )
-    try:
-        on_main(lambda: report.save(run.path / "results", results_name("rerank", split=split, limit=limit)))
-    except KalmError as error:
-        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    save_report(run, report, results_name("rerank", split=split, limit=limit))
     return report

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pykalm.api import UnsavedReport, _about
-from pykalm.errors import KalmError, UsageError
+from pykalm.api import about_run, results_name, save_report
+from pykalm.errors import UsageError
 from pykalm.evaluate.corpora import read_sentences
 from pykalm.evaluate.representations import GeometryReport, measure_representations
 from pykalm.model.encoder import Progress
@@ -50,13 +50,10 @@ def evaluate_geometry(
         sentences=_sentences(sentences, count=min(SENTENCES, limit or SENTENCES), seed=run.config.seed),
         limit=limit,
         seed=run.config.seed,
-        about=_about(run, baseline=baseline),
+        about=about_run(run, baseline=baseline),
         progress=progress,
     )
-    try:
-        on_main(lambda: report.save(run.path / "results", _file_name(split, limit, baseline)))
-    except KalmError as error:
-        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    save_report(run, report, _file_name(split, limit, baseline))
     return report
 
 
@@ -81,13 +78,7 @@ def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def _file_name(split: str, limit: int | None, baseline: bool) -> str:
-    parts = [
-        "geometry",
-        split if split != "test" else "",
-        f"{limit}-entities" if limit else "",
-        "baseline" if baseline else "",
-    ]
-    return ".".join(part for part in parts if part)
+    return results_name("geometry", split=split, limit=limit, unit="entities", baseline=baseline)
 
 
 def _sentences(source: str | Path, *, count: int, seed: int) -> list[str]:

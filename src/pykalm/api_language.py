@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pykalm.api import UnsavedReport, _about
-from pykalm.errors import KalmError
+from pykalm.api import about_run, results_name, save_report
 from pykalm.evaluate.language import LanguageReport, LanguageSettings, measure_language
 from pykalm.model.encoder import Progress
 from pykalm.model.run import Run, load_baseline
-from pykalm.processes import on_main
 
 __all__ = ["LanguageReport", "evaluate_language"]
 
@@ -47,13 +45,9 @@ def evaluate_language(
         measured.encoder,
         run.verbalizer,
         settings,
-        about=_about(run, baseline=baseline),
+        about=about_run(run, baseline=baseline),
         progress=progress,
     )
-    parts = ["language", f"{limit_tokens}-tokens" if limit_tokens else "", f"{limit}-questions" if limit else "",
-             "baseline" if baseline else ""]  # fmt: skip
-    try:
-        on_main(lambda: report.save(run.path / "results", ".".join(part for part in parts if part)))
-    except KalmError as error:
-        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    tokens = f"{limit_tokens}-tokens" if limit_tokens else ""
+    save_report(run, report, results_name("language", tokens, limit=limit, unit="questions", baseline=baseline))
     return report

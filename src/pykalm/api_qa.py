@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from pykalm.api import UnsavedReport, _about, _graph_label
-from pykalm.errors import KalmError, UsageError
+from pykalm.api import about_run, graph_label, results_name, save_report
+from pykalm.errors import UsageError
 from pykalm.evaluate.qa import MAX_NEW_TOKENS, QaReport, QaSettings
 from pykalm.evaluate.qa import evaluate_qa as measure_qa
 from pykalm.graph.catalogue import load_graph
@@ -18,7 +18,6 @@ from pykalm.model.encoder import Progress
 from pykalm.model.generate import Speaker
 from pykalm.model.name_trie import NameTrie
 from pykalm.model.run import Run, load_baseline
-from pykalm.processes import on_main
 from pykalm.text.questions import TASKS, Question, QuestionWriter, Task, Wording
 
 __all__ = ["QaReport", "QaSettings", "RankedAnswer", "evaluate_qa", "rank_answers"]
@@ -61,9 +60,8 @@ def evaluate_qa(
     if graph is not None:
         other = graph if isinstance(graph, KnowledgeGraph) else load_graph(graph)
         run = dataclasses.replace(run, graph=other, verbalizer=run.verbalizer.for_graph(other))
-    label = [*settings.label(), _graph_label(run.graph) if graph is not None else "", split if split != "test" else "",
-             f"{limit}-triples" if limit else "", "baseline" if baseline else ""]  # fmt: skip
-    name = ".".join(["qa", *filter(None, label)])
+    label = graph_label(run.graph) if graph is not None else ""
+    name = results_name("qa", *settings.label(), label, split=split, limit=limit, baseline=baseline)
     measured = load_baseline(run) if baseline else run
     report = measure_qa(
         run.graph,
@@ -74,13 +72,10 @@ def evaluate_qa(
         limit=limit,
         seed=run.config.seed,
         keep_in=run.path / "results" / f"{name}.jsonl",
-        about=_about(run, baseline=baseline),
+        about=about_run(run, baseline=baseline),
         progress=progress,
     )
-    try:
-        on_main(lambda: report.save(run.path / "results", name))
-    except KalmError as error:
-        raise UnsavedReport(f"measured, but not saved. {error}", report) from error
+    save_report(run, report, name)
     return report
 
 
