@@ -35,6 +35,7 @@ LAYERS = [
     "terminal",
     "demo",
     "ablate",
+    "cli_options",
     "cli_compare",
     "cli_measures",
     "cli_qa",

@@ -10,19 +10,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import pykalm
 from pykalm import cli_compare, cli_measures, cli_qa, cli_report
+from pykalm.cli_options import AsJson, AskedSplit, Baseline, Device, OtherGraph, RunFolder, label_of, show_measured
 from pykalm.config import load_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
 from pykalm.terminal import Watcher, print_json, print_table, report_failure, say, show_progress
 
 if TYPE_CHECKING:
-    from pykalm.api import StepReport
+    from pykalm.api import LinkPredictionReport, StepReport
 
 app = typer.Typer(
     help="Align an autoregressive language model with a knowledge graph, measure it, ask it.",
@@ -34,10 +35,6 @@ data_app = typer.Typer(help="List, fetch and check graphs.", no_args_is_help=Tru
 evaluate_app = typer.Typer(help="Measure a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; that of the run by default.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,36 +172,25 @@ def train(
 def evaluate_links(
     folder: RunFolder,
     *,
-    split: Annotated[
-        str | None, typer.Option(help="Split whose triples are asked; evaluation.split of the run by default.")
-    ] = None,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Measure the unaligned model.")] = False,
-    graph: Annotated[
-        str | None, typer.Option(help="Another graph, of which the run may know no entity (inductive).")
-    ] = None,
+    split: AskedSplit = None,
+    baseline: Baseline = False,
+    graph: OtherGraph = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask so many triples only, drawn by seed.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
     run = pykalm.load_run(folder, device=device)
-    unsaved = None
-    try:
+    label = label_of(baseline)
+
+    def measure() -> "LinkPredictionReport":
         with show_progress("evaluating") as watch:
-            report = pykalm.evaluate_links(
-                run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch
-            )
-    except pykalm.UnsavedReport as error:
-        report, unsaved = error.report, error
-    result = report.to_dict()
-    say(f"Saved in {folder / 'results'}") if unsaved is None else None
-    if as_json:
-        print_json(result)
-    else:
-        print_table(pykalm.relation_table(result))
-        print_table(pykalm.link_prediction_table({"unaligned" if baseline else "aligned": result}))
-    if unsaved is not None:
-        raise unsaved
+            return pykalm.evaluate_links(run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch)
+
+    def by_relation(results: dict[str, dict[str, Any]]) -> object:
+        return pykalm.relation_table(results[label])
+
+    show_measured(folder, {label: measure}, by_relation, pykalm.link_prediction_table, as_json=as_json)
 
 
 evaluate_app.command("qa")(cli_qa.evaluate_qa)

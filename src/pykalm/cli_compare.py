@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import pykalm
+from pykalm.cli_options import AsJson, AskedSplit, Device, RunFolder, show_measured
 from pykalm.config import load_config
 from pykalm.errors import UsageError
 from pykalm.terminal import print_json, print_table, say, show_progress
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+if TYPE_CHECKING:
+    from pykalm.evaluate.rerank_report import RerankReport
 
 
 def compare(
@@ -28,32 +30,27 @@ def compare(
 
 
 def evaluate_rerank(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")],
+    folder: RunFolder,
     *,
     k: Annotated[int, typer.Option("--k", "-k", min=2, help="Answers of each question that are read again.")] = 20,
-    split: Annotated[
-        str | None, typer.Option(help="Split whose triples are asked; evaluation.split of the run by default.")
-    ] = None,
+    split: AskedSplit = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask so many triples only, drawn by seed.")] = None,
     valid_limit: Annotated[
         int, typer.Option(min=1, help="Valid triples, drawn by seed, on which the weight is chosen.")
     ] = 500,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; that of the run by default.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Re-rank the best answers by how likely the language model writes them; the weight is chosen on valid."""
     run = pykalm.load_run(folder, device=device)
-    unsaved = None
-    try:
+
+    def measure() -> "RerankReport":
         with show_progress("reading answers") as watch:
-            report = pykalm.evaluate_rerank(run, k=k, split=split, limit=limit, valid_limit=valid_limit, progress=watch)
-    except pykalm.UnsavedReport as error:
-        report, unsaved = error.report, error
-    result = report.to_dict()
-    say(f"Saved in {folder / 'results'}") if unsaved is None else None
-    print_json(result) if as_json else print_table(pykalm.rerank_table(result))
-    if unsaved is not None:
-        raise unsaved
+            return pykalm.evaluate_rerank(run, k=k, split=split, limit=limit, valid_limit=valid_limit, progress=watch)
+
+    show_measured(
+        folder, {"reranked": measure}, lambda results: pykalm.rerank_table(results["reranked"]), as_json=as_json
+    )
 
 
 def ablate(

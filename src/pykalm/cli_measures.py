@@ -1,22 +1,19 @@
 """The commands `kalm evaluate language` and `kalm evaluate geometry`."""
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import pykalm
-from pykalm.terminal import print_json, print_table, say, show_progress
+from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, show_measured
+from pykalm.terminal import say, show_progress
 
 if TYPE_CHECKING:
     from pykalm.api_geometry import GeometryReport
     from pykalm.api_language import LanguageReport
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; that of the run by default.")]
-Baseline = Annotated[bool, typer.Option("--baseline", help="Measure the unaligned model.")]
 Both = Annotated[bool, typer.Option("--both", help="Measure the unaligned model, then the aligned one.")]
 
 
@@ -61,7 +58,7 @@ def evaluate_language(
                 limit=limit, shots=shots, batch_size=batch_size, baseline=is_baseline, progress=watch,
             )  # fmt: skip
 
-    _measure(folder, measure, pykalm.language_table, baseline=baseline, both=both, as_json=as_json)
+    show_measured(folder, _models(measure, baseline=baseline, both=both), pykalm.language_table, as_json=as_json)
 
 
 def evaluate_geometry(
@@ -90,38 +87,14 @@ def evaluate_geometry(
                 run, split=split, sentences=sentences, limit=limit, baseline=is_baseline, progress=watch
             )
 
-    _measure(folder, measure, pykalm.geometry_table, baseline=baseline, both=both, as_json=as_json)
+    show_measured(folder, _models(measure, baseline=baseline, both=both), pykalm.geometry_table, as_json=as_json)
     for file in pykalm.draw_run_geometry(run, split=split, limit=limit):
         say(f"Drawn in {file}")
 
 
-def _measure(
-    folder: Path,
-    measure: Callable[[bool], "LanguageReport | GeometryReport"],
-    table: Callable[[dict[str, dict[str, Any]]], object],
-    *,
-    baseline: bool,
-    both: bool,
-    as_json: bool,
-) -> None:
-    """Measure one model or both, print the results, and then say it where they could not be saved.
-
-    JSON is that of the one report, or by label where both were asked for.
-    """
-    results, unsaved = {}, None
-    for is_baseline in (True, False) if both else (baseline,):
-        try:
-            report = measure(is_baseline)
-        except pykalm.UnsavedReport as error:
-            report, unsaved = error.report, error
-        results["unaligned" if is_baseline else "aligned"] = report.to_dict()
-    say(f"Saved in {folder / 'results'}") if unsaved is None else None
-    if as_json:
-        print_json(results if both else next(iter(results.values())))
-    else:
-        print_table(table(results))
-    if unsaved is not None:
-        raise unsaved
+def _models(measure: Callable[[bool], Any], *, baseline: bool, both: bool) -> dict[str, Callable[[], Any]]:
+    """Return what measures the models that were asked for, by label; the unaligned one first."""
+    return {label_of(one): partial(measure, one) for one in ((True, False) if both else (baseline,))}
 
 
 def _split(names: str | None) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
 """The command `kalm report`: it writes the page of a run and says where it is."""
 
 import webbrowser
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import pykalm
+from pykalm.cli_options import RunFolder
 from pykalm.terminal import print_json, say, show_progress
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")],
+    folder: RunFolder,
     *,
     is_opened: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     as_json: Annotated[
