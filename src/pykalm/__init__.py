@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         train,
     )
     from pykalm.api_compare import compare_runs, evaluate_rerank
-    from pykalm.api_geometry import draw_run_geometry, evaluate_geometry
+    from pykalm.api_geometry import evaluate_geometry
     from pykalm.api_language import evaluate_language
     from pykalm.api_qa import evaluate_qa, rank_answers
     from pykalm.api_report import write_report
@@ -55,7 +55,6 @@ __all__ = [
     "check_data",
     "compare_runs",
     "comparison_table",
-    "draw_run_geometry",
     "evaluate_geometry",
     "evaluate_language",
     "evaluate_links",
@@ -95,7 +94,6 @@ HOMES = {
     "comparison_table": "pykalm.report.compare_tables",
     "evaluate_rerank": "pykalm.api_compare",
     "evaluate_qa": "pykalm.api_qa",
-    "draw_run_geometry": "pykalm.api_geometry",
     "evaluate_geometry": "pykalm.api_geometry",
     "evaluate_language": "pykalm.api_language",
     "geometry_table": "pykalm.report.measure_tables",

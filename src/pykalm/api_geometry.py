@@ -1,9 +1,7 @@
-"""Measuring the geometry of a run's representations, as people call it, and drawing what alignment has changed."""
+"""Measuring the geometry of a run's representations, as people call it."""
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from pykalm.api import about_run, results_name, save_report
 from pykalm.errors import UsageError
@@ -11,10 +9,8 @@ from pykalm.evaluate.corpora import read_sentences
 from pykalm.evaluate.representations import GeometryReport, measure_representations
 from pykalm.model.encoder import Progress
 from pykalm.model.run import Run, load_baseline
-from pykalm.processes import on_main
-from pykalm.report.geometry_figures import draw_geometry
 
-__all__ = ["GeometryReport", "draw_run_geometry", "evaluate_geometry"]
+__all__ = ["GeometryReport", "evaluate_geometry"]
 
 log = logging.getLogger(__name__)
 
@@ -53,32 +49,8 @@ def evaluate_geometry(
         about=about_run(run, baseline=baseline),
         progress=progress,
     )
-    save_report(run, report, _file_name(split, limit, baseline))
+    save_report(run, report, results_name("geometry", split=split, limit=limit, unit="entities", baseline=baseline))
     return report
-
-
-def draw_run_geometry(run: Run, *, split: str | None = None, limit: int | None = None) -> list[Path]:
-    """Draw the saved geometry of a run, unaligned beside aligned, as PNG and SVG under RUN/report; return the files.
-
-    None where one of the two has not been measured with this split and limit.
-    """
-    split = run.config.evaluation.split if split is None else split
-    files = [run.path / "results" / f"{_file_name(split, limit, baseline)}.json" for baseline in (True, False)]
-    if not all(file.is_file() for file in files):
-        return []
-    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    if _differ(before, after):
-        log.warning("kalm: %s and %s are not of the same texts; measure both again to see them drawn.", *files)
-        return []
-    return on_main(lambda: draw_geometry(before, after, run.path / "report"))
-
-
-def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    return any(before.get(key) != after.get(key) for key in ("graph", "split", "protocol", "template", "descriptions"))
-
-
-def _file_name(split: str, limit: int | None, baseline: bool) -> str:
-    return results_name("geometry", split=split, limit=limit, unit="entities", baseline=baseline)
 
 
 def _sentences(source: str | Path, *, count: int, seed: int) -> list[str]:

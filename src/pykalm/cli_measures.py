@@ -78,7 +78,7 @@ def evaluate_geometry(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how the vectors of queries, candidates and plain sentences lie, and Theorem 1; draw it with both models."""
+    """Measure how the vectors of queries, candidates and plain sentences lie, and Theorem 1."""
     run = pykalm.load_run(folder, device=device)
 
     def measure(is_baseline: bool) -> "GeometryReport":
@@ -88,8 +88,7 @@ def evaluate_geometry(
             )
 
     show_measured(folder, _models(measure, baseline=baseline, both=both), pykalm.geometry_table, as_json=as_json)
-    for file in pykalm.draw_run_geometry(run, split=split, limit=limit):
-        say(f"Drawn in {file}")
+    say(f"Drawn by: kalm report {folder}")
 
 
 def _models(measure: Callable[[bool], Any], *, baseline: bool, both: bool) -> dict[str, Callable[[], Any]]:

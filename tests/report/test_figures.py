@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.image import imread
 
 from pykalm.evaluate.similarity import triple_labels
-from pykalm.report.figures import COLOURS, similarity_figure, training_curves_figure
+from pykalm.report.figures import COLOURS, similarity_figure
 from tests.evaluate.fakes import geography
 
 
@@ -40,17 +40,6 @@ def test_similarity_figure_shows_both_matrices_in_one_scale(tmp_path: Path, size
 def test_long_labels_and_dollar_signs_do_not_break_the_figure(tmp_path: Path) -> None:
     wide = draw(tmp_path / "a.png", 5, "a name that goes on and on and on, $5 and then $x_{ more")
     assert wide.shape[1] > draw(tmp_path / "b.png", 5, "France").shape[1]
-
-
-def test_training_curves_are_drawn_with_gaps_and_without_any_record(tmp_path: Path) -> None:
-    records = [
-        {"step": step, "loss": 5 / step, "valid_mrr": step / 200 if step % 50 == 0 else None, "temperature": 0.05,
-         "learning_rate": 1e-3}
-        for step in range(1, 151)
-    ]  # fmt: skip
-    for name, lines in (("full", records), ("one", records[:1]), ("none", [])):
-        training_curves_figure(lines, tmp_path / f"{name}.png")
-        assert imread(tmp_path / f"{name}.png").std() > 0
 
 
 def test_figures_do_not_touch_pyplot() -> None:

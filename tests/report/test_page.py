@@ -1,5 +1,6 @@
 """The report page: whole, self-contained and safe, whatever the run holds and whatever its graph's names are."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ from pykalm.api_report import WrittenReport, write_report
 from pykalm.errors import RunError
 from pykalm.report.page import SECTIONS
 from tests.report.html_page import Page
-from tests.report.sample_run import HOSTILE, write_bare_run
+from tests.report.sample_run import HOSTILE, write_bare_run, write_full_run
 
 TITLES = ("Training", "Link prediction", "By relation", "Ranks", "Re-ranking", "Question answering", "Case studies", "Language",
           "Similarity", "Representation", "Theorem 1", "Settings", "Data, versions, commands")  # fmt: skip
@@ -114,6 +115,14 @@ def test_published_rows_stand_among_ours_where_the_graph_is_theirs(full: Path) -
     row = "smollm2-135m, unaligned (this run)"
     assert text.index("Llama-2-7B, unaligned") < text.index(row) < text.index("MoCoKGC – 0.742")
     assert "KaLM, Mistral-7B 25 0.634 0.526 0.743 0.872" in text
+
+
+def test_two_models_that_were_measured_on_different_texts_are_not_passed_off_as_comparable(tmp_path: Path) -> None:
+    write_full_run(tmp_path)
+    file = tmp_path / "results" / "geometry.baseline.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"protocol": "five"}), encoding="utf-8")
+    page = write_report(tmp_path).page.read_text(encoding="utf-8")
+    assert "Not of the same texts (unaligned: five; aligned: a sample by seed): measure both again." in page
 
 
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:

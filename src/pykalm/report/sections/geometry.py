@@ -61,8 +61,7 @@ def spectrum_section(run: RunFiles) -> Section:
         "Alignment: mean squared distance of question and answer. Uniformity: log mean of exp(−2 · squared distance). Top "
         "eigenvalue: its share of the spectrum. Effective rank: exponential of the spectrum's entropy."
     )
-    protocol = next(iter(results.values())).protocol
-    caption += f" Measured on {protocol}." if protocol else ""
+    caption += _protocol(results)
     blocks: list[Block] = [Table(("model", *MEASURES.values()), rows, caption)]
     drawings = list(_spectra(names, results))
     if drawings:
@@ -102,6 +101,15 @@ def _group_rows(name: str, results: Mapping[str, GeometryResult]) -> Iterator[Ro
         yield Row((f"{name}, {group.num_vectors:,} vectors",), is_heading=True)
     for label, group in found.items():
         yield Row((label, *(_measure(getattr(group, field)) for field in MEASURES)), is_emphasised=label == "aligned")
+
+
+def _protocol(results: Mapping[str, GeometryResult]) -> str:
+    """Say on what the vectors were measured, and that two models were measured on different texts where they were."""
+    protocols = {label: one.protocol for label, one in results.items() if one.protocol}
+    if len(set(protocols.values())) > 1:
+        each = "; ".join(f"{label}: {protocol}" for label, protocol in protocols.items())
+        return f" Not of the same texts ({each}): measure both again."
+    return "".join(f" Measured on {protocol}." for protocol in dict.fromkeys(protocols.values()))
 
 
 def _results(run: RunFiles) -> Mapping[str, GeometryResult]:
