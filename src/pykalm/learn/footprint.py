@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
-from pykalm.learn.step import LOGITS_AT_ONCE
 from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
+from pykalm.model.likelihood import LOGITS_AT_ONCE
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, TokenTrie, row_group
 

@@ -11,13 +11,11 @@ from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss
 from pykalm.model.encoder import Encoder, pooled
+from pykalm.model.likelihood import LOGITS_AT_ONCE
 from pykalm.model.sharding import is_sharded
 from pykalm.processes import any_of, count, gather_rows, is_main, rank, share_out, sum_in_place
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, row_group
-
-LOGITS_AT_ONCE = 256
-"""Answer positions whose logits (V wide, float32) are held at the same time."""
 
 
 @dataclass(frozen=True)

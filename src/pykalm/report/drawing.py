@@ -130,8 +130,8 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
 
 
 def thousands(value: float, position: object = None) -> str:
-    """Write a number of an axis: 1,000 and 0.25, without zeros that say nothing."""
-    text = f"{value:,.0f}" if abs(value) >= 10 or value == round(value) else f"{value:.3f}".rstrip("0")
+    """Write a number of an axis: 1,000, 0.25 and 0.05025, without zeros that say nothing."""
+    text = f"{value:,.0f}" if abs(value) >= 10 or value == round(value) else f"{value:.4g}"
     return text.replace("-", "−")
 
 
