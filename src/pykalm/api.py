@@ -31,7 +31,7 @@ from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
-from pykalm.model.run import Run, build_run, load_base, load_baseline, load_run, new_run, read_run_config
+from pykalm.model.run import Run, load_baseline, load_run, new_run, read_run_config, reopen_run
 from pykalm.processes import any_of, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
@@ -190,7 +190,7 @@ def _reopen(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path}: wanted a run to go on with, found none. Start it without --resume.")
     on_main(lambda: _mend(path, config))
-    return build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
+    return reopen_run(path, config, graph)
 
 
 def _mend(path: Path, config: Config) -> None:
@@ -238,6 +238,8 @@ def batch_builder(run: Run) -> BatchBuilder:
         run.encoder.lay_out,
         explicit=objective.explicit,
         completion_share=objective.completion_share if objective.implicit else 0,
+        own_texts=run.own_texts,
+        own_tokens=objective.kl_tokens if objective.kl_weight else 0,
     )
 
 

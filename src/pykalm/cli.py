@@ -288,9 +288,10 @@ def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
 
 def describe_step(report: "StepReport") -> str:
     """Write the parts of a step's report that people watch."""
+    kl = f", KL {report.kl:.3f}" if report.kl else ""
     return (
         f"epoch {report.epoch:.2f}, loss {report.loss:.3f} (explicit {report.explicit:.3f}, implicit"
-        f" {report.implicit:.3f}), τ {report.temperature:.4f}, {report.examples_per_second:.1f} examples/s,"
+        f" {report.implicit:.3f}{kl}), τ {report.temperature:.4f}, {report.examples_per_second:.1f} examples/s,"
         f" {report.tokens_per_second:.0f} tokens/s"
     )
 

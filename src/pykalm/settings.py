@@ -70,7 +70,7 @@ class AdapterSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """What is minimised: L = L_exp + λ · L_imp (docs/method.md §2-4)."""
+    """What is minimised: L = L_exp + λ · L_imp + β · L_kl (docs/method.md §2-4)."""
 
     explicit: bool = Field(True, description="Whether the dual-view contrastive loss is trained (docs/method.md §2).")
     implicit: bool = Field(True, description="Whether the completion loss is trained (docs/method.md §3).")
@@ -83,6 +83,15 @@ class ObjectiveSettings(Settings):
         gt=0,
         le=1,
         description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
+    )
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        description="β, the weight of KL(base ‖ aligned) on texts that the base model wrote itself: it keeps the model's"
+        " language (docs/method.md §4). 0 leaves it out (paper); 1 is a good start.",
+    )
+    kl_tokens: Positive = Field(
+        128, description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0."
     )
     views: Literal["both", "query", "candidate"] = Field(
         "both",

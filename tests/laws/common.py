@@ -16,6 +16,7 @@ from pykalm.learn.batches import Batch, BatchBuilder
 from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
+from pykalm.model.own_texts import OwnTexts
 from pykalm.text.verbalize import Verbalizer
 from tests.tiny_models import TOKENIZER_SIZE, tiny_model, tiny_tokenizer
 
@@ -23,6 +24,7 @@ NAMES = ("ada", "ada b", "bo", "cy", "dan", "eve")
 DESCRIPTIONS = ("a poet", "", "a baker of bread", "a poet", "", "a sailor")
 # Several tails of one query (ada knows bo and cy), several queries of one tail (bo is known by ada and by dan),
 # a triple that is true in both directions (bo likes cy, cy likes bo), and heads that are tails elsewhere.
+OWN_LENGTH, NUM_LIKELY = 12, 5
 TRIPLES = ((0, 0, 2), (0, 0, 3), (4, 0, 2), (2, 1, 3), (3, 1, 2), (1, 1, 5), (5, 0, 4), (3, 0, 5))
 
 
@@ -62,14 +64,38 @@ def tiny_encoder(family: str = "llama", *, dropout: float = 0.0, **settings: Any
     return Encoder(model, source_fingerprint=family, packed=family != "mamba", **settings)
 
 
+def tiny_own_texts() -> OwnTexts:
+    """Return three texts of any tokens, with distributions over next tokens that no model has."""
+    generator = np.random.default_rng(5)
+    tokens = generator.integers(0, TOKENIZER_SIZE, (3, OWN_LENGTH))
+    tokens[:, 0] = 1
+    likely = np.stack([generator.permutation(TOKENIZER_SIZE)[:NUM_LIKELY] for _ in range(tokens.size)])
+    log_p = np.log(generator.dirichlet(np.ones(NUM_LIKELY + 1), tokens.size))
+    return OwnTexts(
+        tokens.astype(np.int32),
+        likely.reshape(*tokens.shape, -1).astype(np.int32),
+        log_p.reshape(*tokens.shape, -1).astype(np.float16),
+    )
+
+
 def build_batch(
-    encoder: Encoder, verbalizer: Verbalizer, triples: Any = None, *, share: float = 1.0, explicit: bool = True
+    encoder: Encoder,
+    verbalizer: Verbalizer,
+    triples: Any = None,
+    *,
+    share: float = 1.0,
+    explicit: bool = True,
+    own: int = 0,
 ) -> Batch:
-    """Return the batch of the graph's training triples, or of others, in one trie; every triple completed by default."""
+    """Return the batch of the graph's training triples, or of others, in one trie; every triple completed by default.
+
+    own: so many of the three tiny_own_texts are in it.
+    """
     graph = verbalizer.graph
     builder = BatchBuilder(
-        graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=explicit, completion_share=share
-    )
+        graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=explicit, completion_share=share,
+        own_texts=tiny_own_texts(), own_tokens=own * OWN_LENGTH,
+    )  # fmt: skip
     chosen = graph.triples("train") if triples is None else np.asarray(triples)
     return builder.build(chosen, np.random.default_rng(3))
 
@@ -82,11 +108,11 @@ def gradients(
     seed: int = 0,
     **objective: Any,
 ) -> tuple[StepLoss, dict[str, Tensor]]:
-    """Return the losses of a step and a copy of the gradient of every parameter that learns; λ is 1 by default."""
+    """Return the losses of a step and a copy of the gradient of every parameter that learns; λ and β are 1 by default."""
     encoder.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = ObjectiveSettings(**{"implicit_weight": 1.0, **objective})
+        settings = ObjectiveSettings(**{"implicit_weight": 1.0, "kl_weight": 1.0, **objective})
         loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens)
     return loss, copied_gradients(encoder)
 

@@ -22,7 +22,7 @@ def test_cached_gradients_equal_one_shot_gradients() -> None:
     """Train mode with dropout 0.3; rounding is below 1e-5, other dropout numbers move gradients by more than 0.1."""
     for chunk_tokens in (64, 160):
         encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=chunk_tokens).train()
-        batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
+        batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
         assert len(batch.trie.chunks(chunk_tokens)) > 1
         one_shot_loss, one_shot = gradients(encoder, batch)
         cached_loss, cached = gradients(encoder, batch, memory_tokens=1)
@@ -30,6 +30,7 @@ def test_cached_gradients_equal_one_shot_gradients() -> None:
         assert float(cached["log_inverse_temperature"].abs()) > 1e-3
         assert abs(cached_loss.total - one_shot_loss.total) < 1e-5
         assert abs(cached_loss.implicit - one_shot_loss.implicit) < 1e-5
+        assert abs(cached_loss.kl - one_shot_loss.kl) < 1e-5
         assert largest_difference(cached, one_shot) < 2e-5
 
 

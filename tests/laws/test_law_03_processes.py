@@ -59,7 +59,7 @@ def encoder_of(kind: str = "lora", *, row_tokens: int = 56, chunk_tokens: int = 
 
 
 def batch_of(encoder: Encoder, *, explicit: bool = True, implicit: bool = True, **_: Any) -> Batch:
-    return build_batch(encoder, tiny_verbalizer(tiny_graph()), explicit=explicit, share=float(implicit))
+    return build_batch(encoder, tiny_verbalizer(tiny_graph()), explicit=explicit, share=float(implicit), own=2)
 
 
 def gradients_of(case: str, *, sharded: bool) -> tuple[StepLoss, dict[str, Tensor]]:
@@ -94,7 +94,7 @@ def require_the_gradients_of_one(count: int, *, sharded: bool = False) -> None:
 
 
 def vars_of(loss: StepLoss) -> list[float]:
-    return [loss.total, loss.explicit, loss.implicit]
+    return [loss.total, loss.explicit, loss.implicit, loss.kl]
 
 
 def test_two_processes_find_the_gradient_of_one() -> None:
@@ -152,14 +152,15 @@ def temperature_counts_for_every_process() -> AbstractContextManager[None]:
 
 def completion_loss_is_a_mean_of_means() -> AbstractContextManager[None]:
     """Divide by the answers of the process and then by the number of processes."""
-    right = step._implicit_sum
+    right = step._written
 
     def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: Any) -> Tensor:
         share = step._share(encoder, batch)
         answers = sum(len(some.answers) for some in share.chunks)
-        return right(encoder, batch, states, chunk) * len(batch.answer_nodes) / max(1, answers) / processes.count()
+        factor = len(batch.answer_nodes) / max(1, answers) / processes.count()
+        return right(encoder, batch, states, chunk) * torch.tensor([factor, 1.0])
 
-    return replaced(step, "_implicit_sum", wrong)
+    return replaced(step, "_written", wrong)
 
 
 def vectors_come_in_the_order_of_the_processes() -> AbstractContextManager[None]:

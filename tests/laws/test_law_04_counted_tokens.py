@@ -69,14 +69,15 @@ def test_end_token_is_counted_and_the_prompt_is_not() -> None:
 
 def mean_of_means() -> AbstractContextManager[None]:
     """Average over a chunk's tokens, then over chunks. METHOD.md §3 forbids it."""
-    right = step._implicit_sum
+    right = step._written
 
     def wrong(encoder: Any, batch: Any, states: Any, chunk: Any) -> torch.Tensor:
         total = len(batch.answer_nodes)
         chunks = len(batch.trie.chunks(encoder.chunk_tokens))
-        return right(encoder, batch, states, chunk) / max(1, len(chunk.answers)) * total / chunks
+        part = right(encoder, batch, states, chunk)
+        return part * torch.tensor([total / max(1, len(chunk.answers)) / chunks, 1.0])
 
-    return replaced(step, "_implicit_sum", wrong)
+    return replaced(step, "_written", wrong)
 
 
 def labels_are_shifted() -> AbstractContextManager[None]:

@@ -86,12 +86,12 @@ def test_a_saved_run_encodes_the_same_bits() -> None:
 
 
 def test_stop_and_resume_equals_uninterrupted() -> None:
-    """Weights, optimiser and metrics, with dropout; the stop is after a save, and between two saves."""
+    """Weights, optimiser and metrics, with dropout and KL to the base model; stopped after a save and between two."""
     with workshop() as (folder, model):
-        trained(folder / "whole", model)
+        trained(folder / "whole", model, **{"objective.kl_weight": 1.0})
         whole = learned(folder / "whole")
         for stop_after, save_every in ((3, 1), (5, 0)):
-            settings = {**SETTINGS, "training.save_every": save_every}
+            settings = {**SETTINGS, "training.save_every": save_every, "objective.kl_weight": 1.0}
             resumed = folder / f"resumed-{stop_after}"
             stopped_and_resumed(resumed, model, stop_after=stop_after, settings=settings)
             found = learned(resumed)
@@ -99,6 +99,7 @@ def test_stop_and_resume_equals_uninterrupted() -> None:
             assert all(torch.equal(found[name], whole[name]) for name in whole)
             losses, expected = ([line["loss"] for line in read_metrics(path)] for path in (resumed, folder / "whole"))
             assert losses == expected
+        assert all(line["kl"] > 0 for line in read_metrics(folder / "whole")[1:])
 
 
 def test_wrong_fingerprint_raises() -> None:

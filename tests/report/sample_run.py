@@ -111,7 +111,8 @@ def steps(generator: np.random.Generator, count: int = 176) -> list[dict[str, An
         implicit = 2.1 + 5.6 * math.exp(-step / 22) + generator.normal(0, 0.2)
         lines.append({
             "step": step, "num_steps": count, "epoch": step / 44, "loss": explicit + 0.01 * implicit, "explicit": explicit,
-            "implicit": implicit, "temperature": 0.05 - 0.012 * (1 - math.exp(-step / 60)), "learning_rate": 2e-3,
+            "implicit": implicit, "kl": 0.05 + 0.2 * math.exp(-step / 30),
+            "temperature": 0.05 - 0.012 * (1 - math.exp(-step / 60)), "learning_rate": 2e-3,
             "gradient_norm": 1.0, "examples_per_second": 31.0 + generator.normal(), "tokens_per_second": 480.0, "fill": 0.97,
             "seconds_left": 1.0, "valid_mrr": 0.57 * (1 - math.exp(-step / 45)) if step % 44 == 0 else None,
         })  # fmt: skip

@@ -19,6 +19,7 @@ from pykalm.errors import ModelError, UsageError
 from pykalm.evaluate.corpora import Corpus, Document
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder, Progress
+from pykalm.model.own_texts import first_token
 from pykalm.model.sharding import give_back
 from pykalm.text.texts import TokenIds
 from pykalm.text.trie import build_trie, row_group
@@ -109,14 +110,6 @@ def choose_window(encoder: Encoder, window: int | None, stride: int | None) -> t
     if most is not None and window > most:
         raise UsageError(f"wanted a window of at most {most} tokens (max_position_embeddings), found {window}.")
     return window, stride
-
-
-def first_token(tokenizer: Any) -> int:
-    """Return the token from which the first one of a text is predicted: begin of text or, without one, end of text."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ModelError("wanted a tokenizer with a begin or end token, found neither. Set bos_token in its configuration.")
 
 
 def cut_windows(tokens: TokenIds, prefix: int, *, window: int, stride: int) -> list[Window]:

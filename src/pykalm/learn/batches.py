@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import KnownAnswers
 from pykalm.learn.orders import ORDERS
+from pykalm.model.own_texts import OwnTexts
 from pykalm.text.texts import IntArray, Texts
 from pykalm.text.trie import TokenTrie
 from pykalm.text.verbalize import Completions, Verbalizer, answer_positions
@@ -21,7 +22,9 @@ class Batch:
 
     query_nodes (B,), candidate_nodes (C,): where the distinct query and candidate texts are pooled;
     positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where a pair is a known training
-    triple; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict.
+    triple; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict;
+    own_nodes (S,): nodes of the base model's own texts; own_likely (S, K), own_log_p (S, K + 1): what it would write next,
+    as in OwnTexts.
     """
 
     trie: TokenTrie
@@ -32,6 +35,9 @@ class Batch:
     answer_nodes: IntArray
     answer_tokens: IntArray
     num_triples: int
+    own_nodes: IntArray
+    own_likely: npt.NDArray[np.int32]
+    own_log_p: npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,8 @@ class BatchBuilder:
     """Build batches of a graph: both directions of every triple, every distinct entity a candidate. METHOD.md §2, §6.
 
     completion_share: share of the triples (each in one direction, drawn by seed) whose completion is trained; 0 for none.
-    lay_out: texts to trie, as the encoder wants it.
+    lay_out: texts to trie, as the encoder wants it; own_texts: those of the base model, own_tokens of them (in whole texts)
+    in every batch.
     """
 
     graph: KnowledgeGraph
@@ -80,6 +87,8 @@ class BatchBuilder:
     lay_out: Callable[[Texts], TokenTrie]
     explicit: bool
     completion_share: float
+    own_texts: OwnTexts = field(default_factory=OwnTexts.none)
+    own_tokens: int = 0
 
     def build(self, triples: IntArray, generator: np.random.Generator) -> Batch:
         """Return the batch of triples (N, 3), relations in [0, R)."""
@@ -94,7 +103,9 @@ class BatchBuilder:
         # Without completions the tokenizer need not have the end token with which they end.
         completions = self.verbalizer.completions(*completed.T) if len(completed) else Completions.none()
 
-        trie = self.lay_out(Texts.chain([queries, candidates, completions.texts]))
+        own = self._draw_own_texts(generator)
+        trie = self.lay_out(Texts.chain([queries, candidates, completions.texts, self.own_texts.texts(own)]))
+        own_likely, own_log_p = self.own_texts.distributions(own)
         last, num_queries, num_pooled = trie.last_nodes(), len(queries), len(queries) + len(candidates)
         answer_nodes, answer_tokens = answer_positions(trie, completions, start=num_pooled)
         query_nodes, candidate_nodes, positives, known = _distinct_texts(
@@ -106,6 +117,9 @@ class BatchBuilder:
         return Batch(
             trie, query_nodes, candidate_nodes, positives, known, answer_nodes, answer_tokens,
             num_triples=len(triples),
+            own_nodes=trie.paths[num_pooled + len(completions) :, : self.own_texts.length].ravel().astype(np.int64),
+            own_likely=own_likely,
+            own_log_p=own_log_p,
         )  # fmt: skip
 
     def _draw_completions(self, directed: IntArray, generator: np.random.Generator) -> IntArray:
@@ -116,6 +130,13 @@ class BatchBuilder:
         rows = generator.choice(half, size=count, replace=False) + half * generator.integers(0, 2, size=count)
         chosen: IntArray = directed[rows]
         return chosen
+
+    def _draw_own_texts(self, generator: np.random.Generator) -> IntArray:
+        """Draw the texts of the base model that a batch holds, by number."""
+        wanted = min(len(self.own_texts), -(-self.own_tokens // max(1, self.own_texts.length)))
+        return (
+            generator.choice(len(self.own_texts), size=wanted, replace=False) if wanted else np.zeros(0, dtype=np.int64)
+        )
 
 
 def inverse(triples: IntArray, num_relations: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""The two objectives as pure functions of states: dual-view contrast (L_exp) and triple completion (L_imp)."""
+"""The objectives as pure functions: dual-view contrast (L_exp), completion (L_imp), nearness to the base model (L_kl)."""
 
 from typing import Literal
 
@@ -50,3 +50,17 @@ def completion_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """
     assert logits.dtype == torch.float32
     return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def kl_sum(logits: Tensor, likely: Tensor, log_p: Tensor) -> Tensor:
+    """Return the summed KL(base ‖ model), in nats, at T places, from float32 logits (T, V). docs/method.md §4.
+
+    likely (T, K): tokens; log_p (T, K + 1): log-probabilities that the base model gives them, and last all others together.
+    All others count as one token, so this is at most the KL over all tokens; that of equal models is 0.
+    """
+    assert logits.dtype == torch.float32
+    log_q = logits.log_softmax(-1)
+    rest = log_q.scatter(-1, likely, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([log_q.gather(-1, likely), rest], dim=-1)
+    # Kept in half precision, they do not sum to 1 exactly.
+    return F.kl_div(log_q, log_p.float().log_softmax(-1), reduction="sum", log_target=True)

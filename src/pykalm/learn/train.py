@@ -48,6 +48,7 @@ class StepReport:
     loss: float
     explicit: float
     implicit: float
+    kl: float
     temperature: float
     learning_rate: float
     gradient_norm: float
@@ -183,6 +184,7 @@ class Trainer:
             loss=loss.total,
             explicit=loss.explicit,
             implicit=loss.implicit,
+            kl=loss.kl,
             temperature=self.encoder.temperature(),
             learning_rate=rate,
             gradient_norm=norm,

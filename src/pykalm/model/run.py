@@ -5,14 +5,16 @@ RUN/
   adapter/         learned weights (PEFT layout, or a whole model), and alignment.json beside them: wordings, cuts,
                    temperature, base model and graph with their fingerprints. Replaced as one, so they always agree.
   state/           what --resume needs
+  own_texts.npz    what the base model wrote itself, where training is held to it (objective.kl_weight)
   metrics.jsonl    one line per step, with the valid MRR where it ended in an evaluation
   index/           entity vectors        results/   measurements        report/   figures
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pykalm.memory import explained_memory
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
+from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.model.sharding import wants_sharding
 from pykalm.processes import device as process_device
@@ -34,10 +37,14 @@ from pykalm.processes import gather, join, on_main
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, "model_fingerprint": str,
              "graph_fingerprint": str, "tokenizer_fingerprint": str}  # fmt: skip
 """What alignment.json must hold to be used, besides what is there for the reader."""
+
+OWN_TEXTS = "own_texts.npz"
 
 ROW_TOKENS = {"cpu": 128, "cuda": 1024}
 """Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost 1 %."""
@@ -59,6 +66,7 @@ class Run:
     graph: KnowledgeGraph
     encoder: Encoder
     verbalizer: Verbalizer
+    own_texts: OwnTexts = field(default_factory=OwnTexts.none)
 
     @property
     def adapter_folder(self) -> Path:
@@ -95,13 +103,31 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     graph.require_trainable()
     with explained_memory(MEMORY_REMEDY):
         language_model = load_base(config)
+        own_texts = _own_texts(config, language_model)  # before there is an adapter
         run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
         if config.objective.implicit:
             require_own_logits(run.encoder, run.verbalizer)
+    if len(own_texts):
+        on_main(lambda: own_texts.save(path / OWN_TEXTS))
     on_main(
         lambda: replace_file(path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     )
-    return run
+    return replace(run, own_texts=own_texts)
+
+
+def reopen_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
+    """Build a run again as it began; the trainer then fills in what was saved. Raises RunError where its files are missing."""
+    run = build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
+    return replace(run, own_texts=OwnTexts.load(path / OWN_TEXTS)) if config.objective.kl_weight else run
+
+
+def _own_texts(config: Config, base: LanguageModel) -> OwnTexts:
+    """Let the base model write what training is held to, if it is; the main process writes for all."""
+    if not config.objective.kl_weight:
+        return OwnTexts.none()
+    start = first_token(base.tokenizer)
+    log.warning("kalm: the base model writes the texts that training is held to (objective.kl_weight) ...")
+    return on_main(lambda: write_own_texts(base.model, start, seed=config.seed))
 
 
 def build_run(

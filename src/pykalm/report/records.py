@@ -26,6 +26,7 @@ class Step(Record):
     loss: float | None = None
     explicit: float | None = None
     implicit: float | None = None
+    kl: float | None = None
     temperature: float | None = None
     valid_mrr: float | None = None
     examples_per_second: float | None = None

@@ -26,13 +26,17 @@ def points(steps: Sequence[Step], name: str) -> Points:
 
 
 def _drawings(steps: Sequence[Step]) -> Iterator[Drawing]:
-    loss, valid, temperature = (points(steps, name) for name in ("loss", "valid_mrr", "temperature"))
+    loss, kl, valid, temperature = (points(steps, name) for name in ("loss", "kl", "valid_mrr", "temperature"))
     parts = {"L_exp, contrast": points(steps, "explicit"), "L_imp, completion": points(steps, "implicit")}
     trained = {label: line for label, line in parts.items() if any(line[1])}  # a part that is off is 0 at every step
     if loss[0]:
         yield curve("training-loss", "Loss L", {"loss": loss}, smooth=True)
     if trained:
-        yield curve("training-parts", "Its parts, L = L_exp + λ · L_imp", trained, smooth=True)
+        yield curve("training-parts", "Its parts, L_exp + λ · L_imp", trained, smooth=True)
+    if any(kl[1]):
+        yield curve(
+            "training-kl", "L_kl, distance from the base model's language", {"L_kl, nats per token": kl}, smooth=True
+        )
     if valid[0]:
         yield curve("training-valid-mrr", "MRR on valid", {"MRR": valid})
     if temperature[0]:

@@ -1,0 +1,157 @@
+"""What the base model writes on its own, and what it would have written next: training is held to it. docs/method.md §4."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GenerationConfig
+
+from pykalm.errors import ModelError, RunError
+from pykalm.files import replace_file
+from pykalm.memory import explained_memory
+from pykalm.text.texts import IntArray, Texts, starts_of
+
+NUM_TEXTS = 128
+LENGTH = 64
+"""Tokens of a text, the first, from which it is written, among them; fewer where a model has fewer positions."""
+NUM_LIKELY = 128
+"""Next tokens whose probabilities are kept; those of all others are kept as one sum."""
+TEXTS_AT_ONCE = 16
+REMEDY = "Set objective.kl_weight=0 to train without the base model's own texts."
+
+
+@dataclass(frozen=True, eq=False)
+class OwnTexts:
+    """Hold N texts of L tokens that a model wrote, and its next-token distributions at every token of them.
+
+    tokens (N, L); likely (N, L, K): the K likeliest next tokens; log_p (N, L, K + 1): their log-probabilities (nats), and last
+    that of all others together.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    likely: npt.NDArray[np.int32]
+    log_p: npt.NDArray[np.float16]
+
+    @staticmethod
+    def none() -> "OwnTexts":
+        """Return no texts."""
+        nothing = np.zeros((0, 0, 1))
+        return OwnTexts(nothing[..., 0].astype(np.int32), nothing[..., :0].astype(np.int32), nothing.astype(np.float16))
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Return L."""
+        return int(self.tokens.shape[1])
+
+    def texts(self, numbers: IntArray) -> Texts:
+        """Return some of the texts."""
+        return Texts(self.tokens[numbers].ravel(), starts_of(np.full(len(numbers), self.length, dtype=np.int64)))
+
+    def distributions(self, numbers: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+        """Return the likeliest next tokens (T, K) and log-probabilities (T, K + 1) at all tokens of some texts."""
+        count, num_likely = len(numbers) * self.length, self.likely.shape[-1]
+        return self.likely[numbers].reshape(count, num_likely), self.log_p[numbers].reshape(count, num_likely + 1)
+
+    def save(self, file: Path) -> None:
+        """Write the texts to a file, whole or not at all. Raises TrainingError where that cannot be done."""
+
+        def write(draft: Path) -> None:
+            with draft.open("wb") as handle:
+                np.savez(handle, tokens=self.tokens, likely=self.likely, log_p=self.log_p)
+
+        replace_file(file, write)
+
+    @staticmethod
+    def load(file: Path) -> "OwnTexts":
+        """Read the texts of a file. Raises RunError where it is missing or damaged."""
+        try:
+            with np.load(file) as arrays:
+                return OwnTexts(*(arrays[name] for name in ("tokens", "likely", "log_p")))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise RunError(
+                f"{file}: wanted the base model's own texts, to which this training is held (objective.kl_weight), found "
+                f"none that can be read ({error}). Bring the file back, or train anew."
+            ) from error
+
+
+def first_token(tokenizer: Any) -> int:
+    """Return the token from which the first one of a text is predicted: begin of text or, without one, end of text.
+
+    Raises ModelError without either.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError("wanted a tokenizer with a begin or end token, found neither. Set bos_token in its configuration.")
+
+
+@torch.no_grad()
+def write_own_texts(
+    causal_lm: Any,
+    start: int,
+    *,
+    seed: int,
+    num_texts: int = NUM_TEXTS,
+    length: int = LENGTH,
+    num_likely: int = NUM_LIKELY,
+) -> OwnTexts:
+    """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
+
+    All processes call it alike; on one kind of machine they find the same. Raises OutOfMemoryError.
+    """
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
+    num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
+    device, was_training = causal_lm.device, causal_lm.training
+    causal_lm.eval()
+    half = torch.autocast(device.type, torch.bfloat16, enabled=next(causal_lm.parameters()).dtype == torch.bfloat16)
+    with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens = _written(causal_lm, start, num_texts, length)
+        parts = [_distributions(causal_lm, part, num_likely) for part in torch.split(tokens, TEXTS_AT_ONCE)]
+    causal_lm.train(was_training)
+    likely, log_p = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return OwnTexts(
+        tokens.cpu().numpy().astype(np.int32), likely.numpy().astype(np.int32), log_p.numpy().astype(np.float16)
+    )
+
+
+def _written(causal_lm: Any, start: int, num_texts: int, length: int) -> torch.Tensor:
+    """Return tokens (N, L), every one after the first drawn from the model's distribution as it is."""
+    first = torch.full((num_texts, 1), start, dtype=torch.long, device=causal_lm.device)
+    if length == 1:
+        return first
+    makers = causal_lm.generation_config  # its temperature or penalty would bend the distribution
+    causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        # No token ends a text: what follows an end is the model's own distribution too.
+        settings: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "pad_token_id": start,
+        }
+        config = GenerationConfig(max_new_tokens=length - 1, **settings)  # type: ignore[no-untyped-call]
+        tokens: torch.Tensor = causal_lm.generate(
+            input_ids=first, attention_mask=torch.ones_like(first), generation_config=config
+        )
+    finally:
+        causal_lm.generation_config = makers
+    return tokens
+
+
+def _distributions(causal_lm: Any, tokens: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the likeliest next tokens (n, L, K) at every token, and log-probabilities (n, L, K + 1)."""
+    log_p = causal_lm(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    top = log_p.topk(num_likely, dim=-1)
+    rest = log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    return top.indices, torch.cat([top.values, rest], dim=-1)

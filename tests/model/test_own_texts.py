@@ -1,0 +1,95 @@
+"""The base model's own texts: drawn from it as it is, by seed, before there is an adapter; kept whole or refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from pykalm import api
+from pykalm.errors import ModelError, RunError
+from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
+from tests.laws.common import tiny_graph
+from tests.laws.test_law_08_save_and_resume import SETTINGS
+from tests.tiny_models import TOKENIZER_SIZE, save_tiny_model, tiny_model, tiny_tokenizer
+
+HELD = {**SETTINGS, "objective.kl_weight": 1.0}
+
+
+def same(first: OwnTexts, second: OwnTexts) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("tokens", "likely", "log_p"))
+
+
+def test_texts_are_drawn_by_seed_and_leave_the_random_numbers_and_the_model_alone() -> None:
+    model = tiny_model("llama", vocab_size=TOKENIZER_SIZE).train()
+    state = torch.get_rng_state()
+    first, again, other = (write_own_texts(model, 1, seed=seed, num_texts=5, length=9) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert same(first, again)
+    assert not np.array_equal(first.tokens, other.tokens)
+    assert first.tokens.shape == (5, 9)
+    assert (first.tokens[:, 0] == 1).all()
+    assert first.likely.shape == (5, 9, 128)
+    assert first.log_p.shape == (5, 9, 129)
+
+
+def test_a_makers_settings_for_generation_bend_nothing_and_are_put_back() -> None:
+    model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
+    plain = write_own_texts(model, 1, seed=0, num_texts=5, length=9)
+    makers = GenerationConfig(
+        temperature=0.1, top_k=1, repetition_penalty=2.0, do_sample=True, eos_token_id=int(plain.tokens[0, 3])
+    )
+    model.generation_config = makers
+    assert same(write_own_texts(model, 1, seed=0, num_texts=5, length=9), plain)
+    assert model.generation_config is makers
+
+
+def test_a_small_model_gets_texts_as_long_as_it_can_read_and_a_small_vocabulary_fewer_likely_tokens() -> None:
+    model = tiny_model("llama", vocab_size=20, max_position_embeddings=6)
+    texts = write_own_texts(model, 1, seed=0, num_texts=2)
+    assert texts.tokens.shape == (2, 6)
+    assert texts.likely.shape == (2, 6, 19)
+    assert write_own_texts(model, 1, seed=0, num_texts=2, length=1).tokens.tolist() == [[1], [1]]
+
+
+def test_texts_are_saved_whole_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    texts = write_own_texts(tiny_model("llama", vocab_size=TOKENIZER_SIZE), 1, seed=0, num_texts=2, length=4)
+    texts.save(tmp_path / "own.npz")
+    assert same(OwnTexts.load(tmp_path / "own.npz"), texts)
+    (tmp_path / "own.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:100])
+    for file in (tmp_path / "own.npz", tmp_path / "none.npz"):
+        with pytest.raises(RunError, match=r"wanted the base model's own texts.*Bring the file back, or train anew"):
+            OwnTexts.load(file)
+
+
+def test_a_tokenizer_that_begins_and_ends_nothing_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    assert first_token(tokenizer) == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="wanted a tokenizer with a begin or end token"):
+        first_token(tokenizer)
+
+
+def test_a_resumed_training_without_its_texts_says_what_is_missing(tmp_path: Path) -> None:
+    model = str(save_tiny_model(tmp_path / "model"))
+    api.train(tiny_graph(), out=tmp_path / "run", model=model, settings=HELD)
+    (tmp_path / "run" / "own_texts.npz").unlink()
+    with pytest.raises(RunError, match=r"own_texts\.npz"):
+        api.train(tiny_graph(), out=tmp_path / "run", resume=True)
+
+
+def test_training_that_is_held_stays_nearer_to_the_base_model(tmp_path: Path) -> None:
+    """Of every weight, too: nothing but the kept distributions is left of the base then."""
+    model = str(save_tiny_model(tmp_path / "model"))
+    for kind in ("lora", "full"):
+        kl = {}
+        for weight in (1e-6, 50.0):
+            settings = {**HELD, "objective.kl_weight": weight, "adapter.kind": kind, "training.max_steps": 12}
+            seen: list[float] = []
+            api.train(tiny_graph(), out=tmp_path / f"{kind}-{weight}", model=model, settings=settings,
+                      watch=lambda report, seen=seen: seen.append(report.kl))  # fmt: skip
+            kl[weight] = seen[-1]
+        assert 0 < kl[50.0] < 0.5 * kl[1e-6], (kind, kl)
