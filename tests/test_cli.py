@@ -174,12 +174,12 @@ def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: py
 def test_an_evaluation_shows_how_it_went_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int, str]] = []
     watch = cli.watch_training(lambda done, total, note="": seen.append((done, total, note)))
-    numbers = dict.fromkeys(("epoch", "loss", "explicit", "implicit", "examples_per_second"), 1.0)
+    numbers = dict.fromkeys(("epoch", "loss", "explicit", "implicit", "kl", "examples_per_second"), 1.0)
     numbers |= {"temperature": 0.05, "tokens_per_second": 900.0}
     watch(SimpleNamespace(step=1, num_steps=4, valid_mrr=None, **numbers))  # type: ignore[arg-type]
     watch(SimpleNamespace(step=2, num_steps=4, valid_mrr=0.25, **numbers))  # type: ignore[arg-type]
     assert [(done, total) for done, total, _ in seen] == [(1, 4), (2, 4)]
-    assert "τ 0.0500" in seen[0][2]
+    assert "implicit 1.000, KL 1.000), τ 0.0500" in seen[0][2]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("step 2/4: valid MRR 0.250, epoch 1.00, loss 1.000")

@@ -85,10 +85,10 @@ class ObjectiveSettings(Settings):
         description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
     )
     kl_weight: float = Field(
-        0.0,
+        1.0,
         ge=0,
-        description="β, the weight of KL(base ‖ aligned) on texts that the base model wrote itself: it keeps the model's"
-        " language (docs/method.md §4). 0 leaves it out (paper); 1 is a good start.",
+        description="β, the weight of KL(base ‖ aligned) on texts that the base model writes itself before training: it keeps"
+        " the model's language (docs/method.md §4). 0 leaves it out (paper).",
     )
     kl_tokens: Positive = Field(
         128, description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0."

@@ -63,7 +63,7 @@ def test_kl_and_its_gradient_are_those_of_every_text_read_alone() -> None:
             expected.backward()  # type: ignore[no-untyped-call]
             wanted = {name: value.grad for name, value in encoder.trainable().items() if value.grad is not None}
             found = {name: both[name] - without[name] for name in wanted}
-            assert abs(loss.kl - float(expected)) < 1e-3 * float(expected), (family, loss.kl, float(expected))
+            assert abs(loss.kl - expected.item()) < 1e-3 * expected.item(), (family, loss.kl, expected.item())
             whole = [torch.cat([part[name].flatten() for name in sorted(wanted)]) for part in (found, wanted)]
             assert (whole[0] - whole[1]).norm() < 5e-3 * whole[1].norm(), family
 

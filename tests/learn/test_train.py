@@ -120,11 +120,15 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_part_that_is_off_is_zero(train: 
         "both": {"objective__implicit_weight": 0.3},
         "explicit": {"objective__implicit": False},
         "implicit": {"objective__explicit": False, "objective__implicit_weight": 0.3},
+        "no KL": {"objective__implicit_weight": 0.3, "objective__kl_weight": 0},
+        "KL": {"objective__implicit_weight": 0.3, "objective__kl_weight": 2.0},
     }.items():
         for line in read_metrics(train(name, **settings).path):
-            assert line["loss"] == pytest.approx(line["explicit"] + 0.3 * line["implicit"], rel=1e-6)
+            kl = {"KL": 2, "no KL": 0}.get(name, 1) * line["kl"]
+            assert line["loss"] == pytest.approx(line["explicit"] + 0.3 * line["implicit"] + kl, rel=1e-6)
             assert (line["explicit"] > 0) == (name != "implicit")
             assert (line["implicit"] > 0) == (name != "explicit")
+            assert (line["kl"] > 0) == (name != "no KL")
 
 
 def test_a_temperature_that_is_not_learned_stays(train: Train) -> None:
