@@ -142,6 +142,7 @@ def prepare(trial: Trial) -> Run:
         objective=ObjectiveSettings(
             completion_share=COMPLETIONS / SMALL_BATCH,
             learn_temperature=not published,
+            kl_weight=0,
         ),
         training=TrainingSettings(
             batch_size=trial.batch_size, batching="random" if published else trial.system, device="cpu"

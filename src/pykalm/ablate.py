@@ -35,6 +35,7 @@ VARIANTS: dict[str, Settings] = {
     "lambda-0.1": {"objective.implicit_weight": 0.1},
     "lambda-1": {"objective.implicit_weight": 1.0},
     "no-kl": {"objective.kl_weight": 0.0},
+    "kl": {"objective.kl_weight": 1.0},
     "fixed-temperature": {"objective.learn_temperature": False},
     "no-margin": {"objective.margin": 0.0},
     "query-view": {"objective.views": "query"},

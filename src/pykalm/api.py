@@ -258,6 +258,7 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
             "graph": graph.fingerprint(),
             "model": run.encoder.source_fingerprint,
             "texts": run.verbalizer.fingerprint(),
+            **({"base model's own texts": run.own_texts.fingerprint()} if len(run.own_texts) else {}),
         },
     )
 

@@ -190,6 +190,19 @@ def holding(resource: Callable[[], contextlib.AbstractContextManager[object]]) -
 
 
 @contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Let this process compute with all cores that it may use, while the others of its machine wait for it."""
+    before = torch.get_num_threads()
+    if count() > 1:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(before, usable))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """Raise in all processes what one of them raises in the block, so that no other waits for it in vain.
 

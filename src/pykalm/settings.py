@@ -90,8 +90,11 @@ class ObjectiveSettings(Settings):
         description="β, the weight of KL(base ‖ aligned) on texts that the base model writes itself before training: it keeps"
         " the model's language (docs/method.md §4). 0 leaves it out (paper).",
     )
-    kl_tokens: Positive = Field(
-        128, description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0."
+    kl_tokens: int = Field(
+        128,
+        ge=1,
+        le=8192,
+        description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0.",
     )
     views: Literal["both", "query", "candidate"] = Field(
         "both",

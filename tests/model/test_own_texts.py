@@ -1,6 +1,7 @@
 """The base model's own texts: drawn from it as it is, by seed, before there is an adapter; kept whole or refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from transformers import GenerationConfig
 
 from pykalm import api
 from pykalm.errors import ModelError, RunError
+from pykalm.learn.losses import kl_sum
+from pykalm.model import own_texts
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from tests.laws.common import tiny_graph
 from tests.laws.test_law_08_save_and_resume import SETTINGS
@@ -93,3 +96,48 @@ def test_training_that_is_held_stays_nearer_to_the_base_model(tmp_path: Path) ->
                       watch=lambda report, seen=seen: seen.append(report.kl))  # fmt: skip
             kl[weight] = seen[-1]
         assert 0 < kl[50.0] < 0.5 * kl[1e-6], (kind, kl)
+
+
+def test_a_run_of_before_goes_on_without_and_is_not_passed_off_as_held(tmp_path: Path) -> None:
+    """Settings that do not name β were those of a training without."""
+    model = str(save_tiny_model(tmp_path / "model"))
+    settings = {**SETTINGS, "objective.kl_weight": 0.0}
+    api.train(tiny_graph(), out=tmp_path / "run", model=model, settings=settings)
+    file = tmp_path / "run" / "config.yaml"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "kl_" not in line), encoding="utf-8")
+    run = api.train(tiny_graph(), out=tmp_path / "run", resume=True)
+    assert run.config.objective.kl_weight == 0
+
+
+def test_texts_of_another_run_are_refused(tmp_path: Path) -> None:
+    model = str(save_tiny_model(tmp_path / "model"))
+    for name, seed in (("run", 0), ("other", 1)):
+        api.train(tiny_graph(), out=tmp_path / name, model=model, settings={**HELD, "seed": seed})
+    (tmp_path / "other" / "own_texts.npz").replace(tmp_path / "run" / "own_texts.npz")
+    with pytest.raises(RunError, match="the base model's own texts has changed"):
+        api.train(tiny_graph(), out=tmp_path / "run", resume=True)
+    np.savez(tmp_path / "wrong.npz", tokens=np.zeros((2, 3)), likely=np.zeros((2, 3, 4)), log_p=np.zeros((2, 3, 4)))
+    np.save(tmp_path / "wrong.npy", np.zeros(3))
+    for file in ("wrong.npz", "wrong.npy"):
+        with pytest.raises(RunError, match="wanted the base model's own texts"):
+            OwnTexts.load(tmp_path / file)
+
+
+def test_a_damaged_model_is_named(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(ModelError, match="wanted probabilities of next tokens, found some that are no numbers"):
+        write_own_texts(model, 1, seed=0, num_texts=2, length=4)
+
+
+def test_tokens_that_a_model_never_says_are_no_trouble() -> None:
+    """log 0 is −∞, which times 0 is no number."""
+    logits = torch.zeros(1, 6, requires_grad=True)
+    never = torch.tensor([[0.0, 0.0, *[-torch.inf] * 4]])
+    likely, log_p = own_texts._distributions(lambda **_: SimpleNamespace(logits=never[None]), torch.zeros(1, 1), 4)
+    found = kl_sum(logits + never, likely[0], log_p[0].half())
+    found.backward()  # type: ignore[no-untyped-call]
+    assert found.item() == pytest.approx(0, abs=1e-6)
+    assert torch.isfinite(logits.grad).all()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
-from pykalm.learn.losses import completion_loss_sum, dual_view_loss
+from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
@@ -116,7 +116,7 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
         try:
             encoder.train()
             per_token, beside = _bytes_of_a_pass(encoder, trie)
-            logits = _bytes_of_logits(encoder) if builder.completion_share else 0
+            logits = _bytes_of_logits(encoder, builder)
             similarity = _bytes_of_similarity(queries * candidates, device) if builder.explicit else 0
         finally:
             encoder.train(was_training)
@@ -215,11 +215,21 @@ def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
     return per_token, max(0.0, low - per_token * small.nodes.size)
 
 
-def _bytes_of_logits(encoder: Encoder) -> int:
-    """Return the bytes of the largest part of a completion loss, forward and backward."""
+def _bytes_of_logits(encoder: Encoder, builder: BatchBuilder) -> int:
+    """Return the bytes of the largest part of the losses of logits that are trained, forward and backward."""
     states = torch.randn(LOGITS_AT_ONCE, encoder.width, device=encoder.device, requires_grad=True)
     targets = torch.zeros(LOGITS_AT_ONCE, dtype=torch.long, device=encoder.device)
-    return peak_bytes(lambda: completion_loss_sum(encoder.logits(states), targets).backward(), encoder.device)  # type: ignore[no-untyped-call]
+    losses: list[Callable[[Tensor], Tensor]] = []
+    if builder.completion_share:
+        losses.append(lambda logits: completion_loss_sum(logits, targets))
+    if builder.own_tokens and len(builder.own_texts):
+        log_p = torch.zeros(LOGITS_AT_ONCE, 2, device=encoder.device)
+        losses.append(lambda logits: kl_sum(logits, targets[:, None], log_p))
+
+    def work(loss: Callable[[Tensor], Tensor]) -> None:
+        loss(encoder.logits(states)).backward()  # type: ignore[no-untyped-call]
+
+    return max((peak_bytes(lambda loss=loss: work(loss), encoder.device) for loss in losses), default=0)  # type: ignore[misc]
 
 
 def _bytes_of_similarity(pairs: int, device: torch.device) -> int:

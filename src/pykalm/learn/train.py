@@ -244,7 +244,7 @@ def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress)
         return
     raise TrainingError(
         f"step {step + 1}: wanted a finite loss, found loss {loss.total} (explicit {loss.explicit}, implicit "
-        f"{loss.implicit}) and gradient norm {norm}. {_advice(progress)}"
+        f"{loss.implicit}, KL {loss.kl}) and gradient norm {norm}. {_advice(progress)}"
     )
 
 

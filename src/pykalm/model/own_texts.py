@@ -1,5 +1,6 @@
 """What the base model writes on its own, and what it would have written next: training is held to it. docs/method.md §4."""
 
+import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import GenerationConfig
 
 from pykalm.errors import ModelError, RunError
 from pykalm.files import replace_file
-from pykalm.memory import explained_memory
+from pykalm.memory import explained_memory, is_out_of_memory
 from pykalm.text.texts import IntArray, Texts, starts_of
 
 NUM_TEXTS = 128
@@ -20,8 +21,11 @@ LENGTH = 64
 """Tokens of a text, the first, from which it is written, among them; fewer where a model has fewer positions."""
 NUM_LIKELY = 128
 """Next tokens whose probabilities are kept; those of all others are kept as one sum."""
-TEXTS_AT_ONCE = 16
-REMEDY = "Set objective.kl_weight=0 to train without the base model's own texts."
+TEXTS_AT_ONCE = 4
+"""Texts whose logits (V wide, float32) are held at the same time."""
+LEAST = -1e4
+"""Log-probability that stands for none, which half precision can hold."""
+REMEDY = "Take another model, or set objective.kl_weight=0: then nothing holds it to its language."
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,11 @@ class OwnTexts:
         count, num_likely = len(numbers) * self.length, self.likely.shape[-1]
         return self.likely[numbers].reshape(count, num_likely), self.log_p[numbers].reshape(count, num_likely + 1)
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the texts and their distributions."""
+        parts = (np.ascontiguousarray(part).tobytes() for part in (self.tokens, self.likely, self.log_p))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     def save(self, file: Path) -> None:
         """Write the texts to a file, whole or not at all. Raises TrainingError where that cannot be done."""
 
@@ -74,8 +83,13 @@ class OwnTexts:
         """Read the texts of a file. Raises RunError where it is missing or damaged."""
         try:
             with np.load(file) as arrays:
-                return OwnTexts(*(arrays[name] for name in ("tokens", "likely", "log_p")))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                texts = OwnTexts(*(arrays[name] for name in ("tokens", "likely", "log_p")))
+            (num_texts, length), num_likely = texts.tokens.shape, texts.likely.shape[-1]
+            shapes = texts.likely.shape, texts.log_p.shape
+            if shapes != ((num_texts, length, num_likely), (num_texts, length, num_likely + 1)):
+                raise ValueError(f"arrays of shapes {texts.tokens.shape}, {shapes}")
+            return texts
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise RunError(
                 f"{file}: wanted the base model's own texts, to which this training is held (objective.kl_weight), found "
                 f"none that can be read ({error}). Bring the file back, or train anew."
@@ -105,23 +119,23 @@ def write_own_texts(
 ) -> OwnTexts:
     """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
 
-    All processes call it alike; on one kind of machine they find the same. Raises OutOfMemoryError.
+    Raises ModelError where its probabilities are no numbers, OutOfMemoryError.
     """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
     device, was_training = causal_lm.device, causal_lm.training
-    causal_lm.eval()
     half = torch.autocast(device.type, torch.bfloat16, enabled=next(causal_lm.parameters()).dtype == torch.bfloat16)
-    with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        tokens = _written(causal_lm, start, num_texts, length)
-        parts = [_distributions(causal_lm, part, num_likely) for part in torch.split(tokens, TEXTS_AT_ONCE)]
-    causal_lm.train(was_training)
-    likely, log_p = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return OwnTexts(
-        tokens.cpu().numpy().astype(np.int32), likely.numpy().astype(np.int32), log_p.numpy().astype(np.float16)
-    )
+    causal_lm.eval()
+    try:
+        with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            tokens = _written(causal_lm, start, num_texts, length)
+            parts = [_distributions(causal_lm, part, num_likely) for part in torch.split(tokens, TEXTS_AT_ONCE)]
+    finally:
+        causal_lm.train(was_training)
+    likely, log_p = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return OwnTexts(tokens.cpu().numpy().astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
 
 
 def _written(causal_lm: Any, start: int, num_texts: int, length: int) -> torch.Tensor:
@@ -144,6 +158,13 @@ def _written(causal_lm: Any, start: int, num_texts: int, length: int) -> torch.T
         tokens: torch.Tensor = causal_lm.generate(
             input_ids=first, attention_mask=torch.ones_like(first), generation_config=config
         )
+    except RuntimeError as error:
+        if is_out_of_memory(error) or "probability" not in str(error):
+            raise
+        raise ModelError(
+            f"{type(causal_lm).__name__}: wanted probabilities of next tokens, found some that are no numbers. The weights are "
+            "damaged, or too large for bfloat16: try training.precision=fp32."
+        ) from error
     finally:
         causal_lm.generation_config = makers
     return tokens
@@ -153,5 +174,5 @@ def _distributions(causal_lm: Any, tokens: torch.Tensor, num_likely: int) -> tup
     """Return the likeliest next tokens (n, L, K) at every token, and log-probabilities (n, L, K + 1)."""
     log_p = causal_lm(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
     top = log_p.topk(num_likely, dim=-1)
-    rest = log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
-    return top.indices, torch.cat([top.values, rest], dim=-1)
+    rest = log_p.scatter_(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    return top.indices.cpu(), torch.cat([top.values, rest], dim=-1).clamp_min(LEAST).cpu()

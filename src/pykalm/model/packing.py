@@ -166,7 +166,7 @@ def _pass_in_training(encoder: Encoder, group: RowGroup) -> None:
 
 @torch.no_grad()
 def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
-    """Raise ModelError where the logits that L_imp is computed from are not those that the model itself gives.
+    """Raise ModelError where the logits that L_imp and L_kl are computed from are not those that the model itself gives.
 
     Some families scale or bend their logits after the output head; one that does so in a way unknown here must not be
     trained on something else than it generates from. Compared in eval mode, in which the encoder is left.
@@ -178,7 +178,8 @@ def require_own_logits(encoder: Encoder, verbalizer: Verbalizer) -> None:
     if not difference < LOGIT_TOLERANCE[encoder.compute_dtype]:
         raise ModelError(
             f"{type(encoder.causal_lm).__name__} changes its logits after the output head in a way that kalm does not know "
-            f"(they differ by {difference:.2g} of the largest). Train with objective.implicit=false, or report the model."
+            f"(they differ by {difference:.2g} of the largest). Train with objective.implicit=false and "
+            "objective.kl_weight=0, or report the model."
         )
 
 

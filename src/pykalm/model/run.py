@@ -29,11 +29,12 @@ from pykalm.memory import explained_memory
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
+from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.model.sharding import wants_sharding
+from pykalm.processes import all_threads, failing_together, gather, join, on_main
 from pykalm.processes import device as process_device
-from pykalm.processes import gather, join, on_main
 from pykalm.text.templates import Templates
 from pykalm.text.verbalize import Verbalizer
 
@@ -45,6 +46,8 @@ ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, 
 """What alignment.json must hold to be used, besides what is there for the reader."""
 
 OWN_TEXTS = "own_texts.npz"
+BEFORE_KL = {"kl_weight": 0.0}
+"""What a run whose settings do not name it was trained with."""
 
 ROW_TOKENS = {"cpu": 128, "cuda": 1024}
 """Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost 1 %."""
@@ -103,9 +106,10 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     graph.require_trainable()
     with explained_memory(MEMORY_REMEDY):
         language_model = load_base(config)
-        own_texts = _own_texts(config, language_model)  # before there is an adapter
+    own_texts = _own_texts(config, language_model)  # before there is an adapter
+    with explained_memory(MEMORY_REMEDY):
         run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
-        if config.objective.implicit:
+        if config.objective.implicit or config.objective.kl_weight:
             require_own_logits(run.encoder, run.verbalizer)
     if len(own_texts):
         on_main(lambda: own_texts.save(path / OWN_TEXTS))
@@ -118,16 +122,26 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
 def reopen_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     """Build a run again as it began; the trainer then fills in what was saved. Raises RunError where its files are missing."""
     run = build_run(path, config, graph, load_base(config), temperature=config.objective.temperature)
-    return replace(run, own_texts=OwnTexts.load(path / OWN_TEXTS)) if config.objective.kl_weight else run
+    if not config.objective.kl_weight:
+        return run
+    with failing_together():
+        return replace(run, own_texts=OwnTexts.load(path / OWN_TEXTS))
 
 
 def _own_texts(config: Config, base: LanguageModel) -> OwnTexts:
-    """Let the base model write what training is held to, if it is; the main process writes for all."""
+    """Let the base model write what training is held to, if it is; the main process writes for all, who wait."""
     if not config.objective.kl_weight:
         return OwnTexts.none()
-    start = first_token(base.tokenizer)
     log.warning("kalm: the base model writes the texts that training is held to (objective.kl_weight) ...")
-    return on_main(lambda: write_own_texts(base.model, start, seed=config.seed))
+
+    def write() -> OwnTexts:
+        with all_threads():
+            return write_own_texts(base.model, first_token(base.tokenizer), seed=config.seed)
+
+    try:
+        return on_main(write)
+    except ModelError as error:
+        raise ModelError(f"{error} {OWN_TEXTS_REMEDY}") from error
 
 
 def build_run(
@@ -278,7 +292,7 @@ def read_run_config(path: Path) -> Config:
             f"{path}: wanted a run folder, found no config.yaml in it. Give a folder that `kalm train` made."
         )
     try:
-        return load_config(file, [])
+        return load_config(file, [], objective=BEFORE_KL)
     except KalmError as error:
         raise RunError(f"{file}: the settings of this run cannot be read by this version.\n{error}") from error
 
