@@ -1,5 +1,8 @@
 """Claims about timing: systems take turns, warm-up rounds are dropped, ratios are taken round by round."""
 
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -59,3 +62,23 @@ def test_the_machine_is_described_with_versions() -> None:
     machine = describe_machine(CPU)
     assert machine.packages["torch"] == torch.__version__
     assert machine.threads == torch.get_num_threads()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_was_freed_is_kept_for_what_comes_next_and_measured_all_the_same() -> None:
+    script = """
+import resource, torch
+from pykalm.bench.machine import keep_freed_memory, peak_memory
+def step(): [torch.ones(4_000_000) for _ in range(20)]
+keep_freed_memory(); step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(peak_memory(lambda: torch.ones(50_000_000).sum(), torch.device("cpu")).peak_bytes)
+"""
+    faults, peak = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    ).stdout.split()
+    assert int(faults) < 10_000  # 78,000 pages of 4 KiB
+    assert 200e6 <= int(peak) < 220e6

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pykalm.bench.embedding import measure_embedding
-from pykalm.bench.machine import describe_machine
+from pykalm.bench.machine import describe_machine, keep_freed_memory
 from pykalm.bench.plan import QUICK, Plan, Workshop, with_changes
 from pykalm.bench.published import BATCH_SIZE, COMPLETIONS
 from pykalm.bench.ranking import measure_ranking
@@ -37,6 +37,7 @@ def run_bench(
     plan = with_changes(QUICK if quick else Plan(), **changes)
     if plan.threads:
         torch.set_num_threads(plan.threads)
+    keep_freed_memory()
     workshop = Workshop.open(plan)
     results = _header(workshop)
     jobs = _jobs(plan)

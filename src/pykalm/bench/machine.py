@@ -24,6 +24,8 @@ SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 ROWS = {"cpu": (512, 2048), "cuda": (8192, 32768)}
 SECONDS_A_SHAPE = {"cpu": 0.4, "cuda": 0.1}
 SAMPLE_SECONDS = 0.002
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Names that glibc's mallopt has for these numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ def peak_memory(call: Callable[[], T], device: torch.device) -> Measured[T]:
     with _ResidentPeak() as peak:
         value = call()
     return Measured(peak.above, value)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what comes next, on a CPU.
+
+    A training comes to that by itself after its first step. Systems that take turns do not: each hands its memory back, and
+    the next one begins with a million page faults, which a large step pays for most (docs/log.md).
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _give_back_freed_memory() -> None:
