@@ -168,7 +168,7 @@ def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: py
     check = json.loads(capsys.readouterr().out)
     assert (check["num_entities"], check["num_relations"], check["duplicates"]["train"]) == (3, 1, 1)
     assert cli.main(["data", "check", "world"]) == 0
-    assert "nothing wrong was found" in capsys.readouterr().out
+    assert "nothing must be mended" in capsys.readouterr().out
 
 
 def test_an_evaluation_shows_how_it_went_while_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
 """The demonstration: measure a small language model on the bundled graph, align it, measure it again, ask it."""
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,12 +64,20 @@ def run_demo(
     ratio = aligned.mean.mrr / unaligned.mean.mrr
     print(f"Test MRR {unaligned.mean.mrr:.3f} before, {aligned.mean.mrr:.3f} after: {ratio:.0f} times as high.")
     print(f"The similarity matrices before and after are in {figure}; the run is in {out}.")
-    print(f'Ask it: kalm predict {out} --head Peru --relation "shares a border with"')
+    print(f'Ask it: {_command()} predict {out} --head Peru --relation "shares a border with"')
     report = write_report(out)
     for problem in report.problems:
         say(problem)
     print(f"All of it on one page: {report.page}")
     return run
+
+
+def _command() -> str:
+    """Return how `kalm` is called from here: by its path where the shell does not find it."""
+    if shutil.which("kalm"):
+        return "kalm"
+    beside = Path(sys.executable).with_name("kalm")
+    return os.path.relpath(beside) if beside.is_file() else f"{sys.executable} -m pykalm"
 
 
 def draw_similarity(run: Run, path: Path) -> Path:

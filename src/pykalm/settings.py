@@ -58,7 +58,7 @@ class AdapterSettings(Settings):
     )
     quantize: Literal["none", "4bit"] = Field(
         "none",
-        description="Precision of the frozen base weights; `4bit` needs a GPU and `pip install pykalm[quantize]`.",
+        description="Precision of the frozen base weights; `4bit` needs a GPU and `pip install -e '.[quantize]'`.",
     )
 
     @model_validator(mode="after")
@@ -182,7 +182,7 @@ class TrainingSettings(Settings):
         0, ge=0, description="Steps between saves of the state for --resume; 0 is at each evaluation."
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), description="Where metrics go besides metrics.jsonl; needs `pip install pykalm[tracking]`."
+        (), description="Where metrics go besides metrics.jsonl; needs `pip install -e '.[tracking]'`."
     )
 
     @model_validator(mode="after")

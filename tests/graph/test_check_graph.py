@@ -82,7 +82,7 @@ def test_defects_are_problems_and_the_rest_are_remarks() -> None:
         "test negatives: 1 rows for 5 positives.",
     ]
     assert check.remarks == [
-        "test: 1 entities are not in train.",
+        "test: 1 entity is not in train.",
         "valid: 1 triples (50.0 %) stand in train the other way round.",
         "test: 1 triples (20.0 %) stand in train the other way round.",
         "4 entities share their name with another (2 texts).",

@@ -76,7 +76,7 @@ def test_the_plain_measurement_comes_first(full: Path) -> None:
     ("setting", "command", "words"),
     [
         ((), "kalm evaluate links RUN", ""),
-        (("valid", "50-triples"), "kalm evaluate links RUN --split valid --limit 50", "valid, 50 triples"),
+        (("valid", "50-triples"), "kalm evaluate links RUN --split valid --limit 50", "valid, at most 50 triples"),
         (("wn18rr_v1_ind-0123ab",), "kalm evaluate links RUN --graph wn18rr_v1_ind", "on wn18rr_v1_ind"),
         (("descriptions", "3-shot"), "kalm evaluate links RUN --descriptions --shots 3", "with descriptions, 3-shot"),
         (("ranked-5", "constrained"), "kalm evaluate links RUN --ranked 5 --constrained", "ranked-5, constrained"),

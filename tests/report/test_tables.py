@@ -105,7 +105,7 @@ def test_graph_check_table_has_counts_problems_and_remarks() -> None:
     assert row_of(text, "repeated", "rows") == ["repeated", "rows", "0", "0", "1"]
     for line in check_graph(graph).problems:
         assert line in text
-    assert "nothing wrong" in printed(graph_check_table(check_graph(geography())))
+    assert "nothing must be mended" in printed(graph_check_table(check_graph(geography())))
 
 
 def test_graph_check_table_counts_cut_texts_where_a_tokenizer_was_given() -> None:

@@ -1,4 +1,4 @@
-"""The same ranking by PyKEEN's RankBasedEvaluator, which is an optional extra: pip install 'pykalm[bench]'."""
+"""The same ranking by PyKEEN's RankBasedEvaluator, which is an optional extra: pip install -e '.[bench]'."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pykalm.evaluate.ranking import FloatArray
 from pykalm.graph.graph import KnowledgeGraph
 
 BATCH_SIZE = 256
-MISSING = "pykeen is not installed: pip install 'pykalm[bench]'"
+MISSING = "pykeen is not installed: pip install -e '.[bench]'"
 
 
 def pykeen_version() -> str | None:

@@ -209,7 +209,7 @@ def _loaded(manager: Any, name: str) -> list[Any]:
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise KalmError("wanted lm-eval for --tasks, found that it is not installed. Run: pip install pykalm[language]")
+        raise KalmError("wanted lm-eval for --tasks, found that it is not installed. Run: pip install -e '.[language]'")
 
 
 @contextlib.contextmanager

@@ -71,7 +71,10 @@ class GraphCheck:
     @property
     def remarks(self) -> list[str]:
         """Say what is worth knowing about the graph, though nothing is wrong with it."""
-        found = [f"{split}: {count} entities are not in train." for split, count in _some(self.unseen_entities)]
+        found = [
+            f"{split}: {count} {'entity is' if count == 1 else 'entities are'} not in train."
+            for split, count in _some(self.unseen_entities)
+        ]
         for split, count in _some(self.inverse_leaks):
             share = 100 * count / self.triples[split]
             found.append(f"{split}: {count} triples ({share:.1f} %) stand in train the other way round.")

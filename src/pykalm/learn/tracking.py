@@ -18,7 +18,7 @@ def require_trackers(trackers: Sequence[str]) -> None:
     if missing := sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()}):
         raise TrainingError(
             f"training.trackers: wanted {', '.join(missing)}, found no package of that name. "
-            "Run `pip install 'pykalm[tracking]'`, or leave it out."
+            "Run `pip install -e '.[tracking]'`, or leave it out."
         )
 
 

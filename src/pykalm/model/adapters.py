@@ -1,6 +1,7 @@
 """Make a loaded language model trainable, by LoRA or in full; save and restore what was trained, bit for bit."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -153,7 +154,10 @@ def _make_fully_trainable(model: PreTrainedModel) -> PreTrainedModel:
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put LoRA layers into a model, with float32 weights and in the model's own mode (training or evaluation)."""
     # peft draws initial weights from the global generator, which is not ours to move; `_initialise` draws them anew.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )  # peft asks for it
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):

@@ -49,7 +49,7 @@ def _option(kind: str, part: str) -> list[str]:
 def _describe(part: str) -> str:
     graph, count = re.fullmatch(PARTS[-1][0], part), re.fullmatch(r"(\d+)-(triples|questions|entities|tokens)", part)
     if count:
-        return f"{int(count[1]):,} {count[2]}"
+        return f"at most {int(count[1]):,} {count[2]}"
     return {"descriptions": "with descriptions", "run-wording": "in the run's own wording"}.get(part) or (
         f"on {graph[1]}" if graph else part
     )

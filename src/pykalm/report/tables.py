@@ -117,7 +117,7 @@ def graph_check_table(check: GraphCheck) -> RenderableType:
     for label, counts in rows.items():
         if counts:
             table.add_row(label, *(f"{counts[split]:,}" if split in counts else "" for split in splits))
-    verdict = [Text("nothing wrong was found", style="green")] if not check.problems else []
+    verdict = [Text("nothing must be mended", style="green")] if not check.problems else []
     lines = [Text(f"✗ {problem}", style="red") for problem in check.problems]
     lines += [Text(f"• {remark}", style="yellow") for remark in check.remarks]
     return Group(table, *verdict, *lines, *_example_lines(check))
