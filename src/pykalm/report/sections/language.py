@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from pykalm.report.blocks import Block, Missing, Row, Section, Table
+from pykalm.report.commands import describe_setting
 from pykalm.report.records import Benchmark, LanguageResult, Perplexity
 from pykalm.report.run_files import Measured, RunFiles
 
@@ -11,27 +12,28 @@ UNITS = ("word", "token", "byte")
 
 
 def language_section(run: RunFiles) -> Section:
-    """Lay out perplexities and benchmarks of the unaligned and the aligned model."""
-    setting = run.language[0].setting if run.language else ()
-    both = (run.command("language", setting, baseline=True), run.command("language", setting))
+    """Lay out perplexities and benchmarks of the unaligned and the aligned model, in every setting they were measured in."""
     if not run.language:
-        missing = Missing("Neither model has been measured.", both)
-        return Section("language", "Language", LEAD, [missing])
-    measured = run.language[0]
-    blocks: list[Block] = []
-    perplexities = list(_perplexity_rows(measured))
-    if perplexities:
-        headings = ("perplexity", "unaligned", "aligned", "change")
-        blocks.append(Table(headings, perplexities, _protocol(measured)))
-    benchmarks = list(_benchmark_rows(measured))
-    if benchmarks:
-        headings = ("accuracy in %", "unaligned", "aligned", "change")
-        caption = "Measured by lm-eval; behind each name the number of questions; ± is the standard error."
-        blocks.append(Table(headings, benchmarks, caption))
-    for label, command in zip(("unaligned", "aligned"), both, strict=True):
-        if label not in measured.by_label():
-            blocks.append(Missing(f"The {label} model has not been measured.", (command,)))
+        commands = (run.command("language", baseline=True), run.command("language"))
+        return Section("language", "Language", LEAD, [Missing("Neither model has been measured.", commands)])
+    in_order = sorted(run.language, key=lambda measured: not measured.any.perplexity)  # perplexity first
+    blocks = [block for measured in in_order for block in _blocks(run, measured)]
     return Section("language", "Language", LEAD, blocks)
+
+
+def _blocks(run: RunFiles, measured: Measured[LanguageResult]) -> Iterator[Block]:
+    """Yield the tables of one setting, and how to measure the model that is missing."""
+    if perplexities := list(_perplexity_rows(measured)):
+        yield Table(("perplexity", "unaligned", "aligned", "change"), perplexities, _protocol(measured))
+    if benchmarks := list(_benchmark_rows(measured)):
+        setting = describe_setting(measured.setting)
+        caption = "Measured by lm-eval; behind each name the number of questions; ± is the standard error."
+        caption += f" Of each task {setting}." if setting else ""
+        yield Table(("accuracy in %", "unaligned", "aligned", "change"), benchmarks, caption)
+    for label in ("unaligned", "aligned"):
+        if label not in measured.by_label():
+            command = run.command("language", measured.setting, baseline=label == "unaligned")
+            yield Missing(f"The {label} model has not been measured.", (command,))
 
 
 def _perplexity_rows(measured: Measured[LanguageResult]) -> Iterator[Row]:
