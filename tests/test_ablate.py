@@ -141,9 +141,9 @@ def test_a_split_that_the_graph_lacks_is_said_before_training(given: dict[str, A
 def test_every_named_variant_is_a_setting_and_the_default_leaves_out_what_changes_nothing() -> None:
     reference = load_config(None, [], graph="world")
     chosen = ablate._choose(None, reference)
-    assert set(VARIANTS) - set(chosen) == {"prefix-sharing-template", "with-descriptions"}
+    assert set(VARIANTS) - set(chosen) == {"prefix-sharing-template", "with-descriptions", "kl"}
     names_only = load_config(None, ["text.descriptions=false"], graph="world")
-    assert set(VARIANTS) - set(ablate._choose(None, names_only)) == {"prefix-sharing-template", "names-only"}
+    assert set(VARIANTS) - set(ablate._choose(None, names_only)) == {"prefix-sharing-template", "names-only", "kl"}
 
 
 def test_variants_of_ones_own_are_taken_by_name() -> None:

@@ -90,7 +90,7 @@ def test_asking_for_nothing_is_refused() -> None:
 
 def test_without_lm_eval_a_task_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KalmError, match=r"pip install pykalm\[language\]"):
+    with pytest.raises(KalmError, match=r"pip install -e '\.\[language\]'"):
         measure(tiny_encoder(), tasks=["mmlu"])
 
 
