@@ -93,7 +93,7 @@ def test_the_example_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("RankMetrics(mr=")
+    assert 0 < float(printed[0]) < 1
     assert len(printed) == 6
 
 
