@@ -80,5 +80,5 @@ print(peak_memory(lambda: torch.ones(50_000_000).sum(), torch.device("cpu")).pea
     faults, peak = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=True, text=True
     ).stdout.split()
-    assert int(faults) < 10_000  # 78,000 pages of 4 KiB
+    assert int(faults) < 50_000  # 78,000 pages of 4 KiB are given back otherwise
     assert 200e6 <= int(peak) < 220e6
