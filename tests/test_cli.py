@@ -197,6 +197,14 @@ def test_lines_of_progress_come_now_and_then_with_the_time_left(capsys: pytest.C
     ]
 
 
+def test_the_time_left_of_the_next_task_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 0.0, 1000.0, 1010.0, 1030.0])
+    watch = terminal.lines_now_and_then("training", clock=lambda: next(seconds))
+    for done in (1, 16, 1, 3):  # 16 steps of a run, then those of the next
+        watch(done, 16)
+    assert capsys.readouterr().err.splitlines()[-1] == "training 3/16, 2:10 left"
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with terminal.show_progress("training") as watch:

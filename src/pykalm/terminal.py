@@ -71,12 +71,15 @@ def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
     """Return a watcher that prints the time left every fifteen seconds; shorter tasks are silent."""
     last = clock()
     first: tuple[int, float] | None = None
+    before = 0
 
     def watch(done: int, total: int, note: str = "", /) -> None:
-        nonlocal last, first
+        nonlocal last, first, before
         now = clock()
         # What came before the first call (loading a model, steps of a resumed training) says nothing about the speed.
-        first = first or (done, now)
+        # Nor does what came before a new task that begins from 0, as the next run of an ablation.
+        first = (done, now) if first is None or done < before else first
+        before = done
         if now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
