@@ -68,10 +68,10 @@ def _model(graph: KnowledgeGraph, keys: Tensor, query: Tensor, entities: Tensor)
             return self._scores(rt_batch[:, 1], rt_batch[:, 0] + inverse)
 
         def score_hrt(self, hrt_batch: Tensor, **ignored: object) -> Tensor:
-            raise NotImplementedError
+            return self.score_t(hrt_batch[:, :2]).gather(1, hrt_batch[:, 2:])
 
         def score_r(self, ht_batch: Tensor, **ignored: object) -> Tensor:
-            raise NotImplementedError
+            raise TypeError("relations are not ranked here: there are vectors for the asked queries only.")
 
         def collect_regularization_term(self) -> int:
             return 0
