@@ -239,7 +239,7 @@ def batch_builder(run: Run) -> BatchBuilder:
         explicit=objective.explicit,
         completion_share=objective.completion_share if objective.implicit else 0,
         own_texts=run.own_texts,
-        own_tokens=objective.kl_tokens if objective.kl_weight else 0,
+        own_tokens=objective.kl_tokens,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, AskedSplit, Device, RunFolder, show_measured
+from pykalm.cli_options import AsJson, AskedSplit, Device, RunFolder, listed, show_measured
 from pykalm.config import load_config
 from pykalm.errors import UsageError
 from pykalm.terminal import print_json, print_table, say, show_progress
@@ -73,7 +73,7 @@ def ablate(
     """Train and measure variants of the method with the same budget. Goes on where it was stopped."""
     named = [f"{key}={json.dumps(value)}" for key, value in (("graph", graph), ("model", model)) if value]
     shared = load_config(config, [*(overrides or []), *named])
-    names = None if variants is None else [name.strip() for name in variants.split(",") if name.strip()]
+    names = None if variants is None else listed(variants)
     with show_progress("training") as watch:
         result = pykalm.run_ablation(
             out=out,
@@ -90,7 +90,7 @@ def ablate(
 
 def _numbers(text: str) -> list[int]:
     """Read numbers with commas between them; raises UsageError for anything else."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = listed(text)
     if not all(part.isdecimal() for part in parts):
         raise UsageError(f"--seeds: wanted numbers with commas between them, as in 0,1,2; found {text!r}.")
     return [int(part) for part in parts]

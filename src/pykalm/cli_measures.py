@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, show_measured
+from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, listed, show_measured
 from pykalm.terminal import say, show_progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def evaluate_language(
     def measure(is_baseline: bool) -> "LanguageReport":
         with show_progress("reading") as watch:
             return pykalm.evaluate_language(
-                run, texts=_split(text), tasks=_split(tasks), window=window, stride=stride, limit_tokens=limit_tokens,
+                run, texts=listed(text), tasks=listed(tasks), window=window, stride=stride, limit_tokens=limit_tokens,
                 limit=limit, shots=shots, batch_size=batch_size, baseline=is_baseline, progress=watch,
             )  # fmt: skip
 
@@ -94,8 +94,3 @@ def evaluate_geometry(
 def _models(measure: Callable[[bool], Any], *, baseline: bool, both: bool) -> dict[str, Callable[[], Any]]:
     """Return what measures the models that were asked for, by label; the unaligned one first."""
     return {label_of(one): partial(measure, one) for one in ((True, False) if both else (baseline,))}
-
-
-def _split(names: str | None) -> tuple[str, ...]:
-    """Return the names of a list with commas."""
-    return tuple(name.strip() for name in (names or "").split(",") if name.strip())

@@ -19,6 +19,11 @@ AskedSplit = Annotated[
 OtherGraph = Annotated[str | None, typer.Option(help="Another graph, of which the run may know no entity (inductive).")]
 
 
+def listed(names: str | None) -> tuple[str, ...]:
+    """Return the names of a list with commas."""
+    return tuple(name.strip() for name in (names or "").split(",") if name.strip())
+
+
 def label_of(is_baseline: bool) -> str:
     """Return the row label of a model in the tables."""
     return "unaligned" if is_baseline else "aligned"

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, AskedSplit, Baseline, Device, OtherGraph, RunFolder, label_of, show_measured
+from pykalm.cli_options import (
+    AsJson,
+    AskedSplit,
+    Baseline,
+    Device,
+    OtherGraph,
+    RunFolder,
+    label_of,
+    listed,
+    show_measured,
+)
 from pykalm.terminal import say, show_progress
 
 if TYPE_CHECKING:
@@ -48,7 +58,7 @@ def evaluate_qa(
     def measure() -> "QaReport":
         with show_progress("asking") as watch:
             return pykalm.evaluate_qa(
-                run, tasks=tuple(filter(None, tasks.split(","))), shots=shots, descriptions=descriptions,
+                run, tasks=listed(tasks), shots=shots, descriptions=descriptions,
                 constrained=constrained, ranked=ranked, wording=wording, max_new_tokens=max_new_tokens, split=split,
                 baseline=baseline, graph=graph, limit=limit, progress=watch,
             )  # fmt: skip

@@ -72,13 +72,15 @@ import resource, torch
 from pykalm.bench.machine import keep_freed_memory, peak_memory
 def step(): [torch.ones(4_000_000) for _ in range(20)]
 keep_freed_memory(); step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(5)))  # a machine may take idle pages back now and then
 print(peak_memory(lambda: torch.ones(50_000_000).sum(), torch.device("cpu")).peak_bytes)
 """
     faults, peak = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=True, text=True
     ).stdout.split()
-    assert int(faults) < 50_000  # 78,000 pages of 4 KiB are given back otherwise
+    assert int(faults) < 10_000  # 78,000 pages of 4 KiB
     assert 200e6 <= int(peak) < 220e6

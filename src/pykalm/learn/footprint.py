@@ -222,7 +222,7 @@ def _bytes_of_logits(encoder: Encoder, builder: BatchBuilder) -> int:
     losses: list[Callable[[Tensor], Tensor]] = []
     if builder.completion_share:
         losses.append(lambda logits: completion_loss_sum(logits, targets))
-    if builder.own_tokens and len(builder.own_texts):
+    if len(builder.own_texts):
         log_p = torch.zeros(LOGITS_AT_ONCE, 2, device=encoder.device)
         losses.append(lambda logits: kl_sum(logits, targets[:, None], log_p))
 

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykalm.model.own_texts import LEAST
+from pykalm.model.own_texts import lumped_log_p
 
 # Finite, so that a row without negatives has a gradient (of zero); exp(MASKED) is exactly 0 in float32.
 MASKED = -1e9
-NOTHING = -1e30
 
 
 def dual_view_loss(
@@ -62,8 +61,5 @@ def kl_sum(logits: Tensor, likely: Tensor, log_p: Tensor) -> Tensor:
     All others count as one token, so this is at most the KL over all tokens; that of equal models is 0.
     """
     assert logits.dtype == torch.float32
-    rest = logits.scatter(-1, likely, NOTHING).logsumexp(-1, keepdim=True)
-    # Over K + 1 tokens, of which the last stands for all others, the same normalisation as over all. A model may give none.
-    log_q = torch.cat([logits.gather(-1, likely), rest], dim=-1).log_softmax(-1).clamp_min(LEAST)
-    # Kept in half precision, they do not sum to 1 exactly.
-    return F.kl_div(log_q, log_p.float().log_softmax(-1), reduction="sum", log_target=True)
+    wanted = log_p.float().log_softmax(-1)  # kept in half precision, they do not sum to 1 exactly
+    return F.kl_div(lumped_log_p(logits, likely), wanted, reduction="sum", log_target=True)

@@ -25,6 +25,8 @@ TEXTS_AT_ONCE = 4
 """Texts whose logits (V wide, float32) are held at the same time."""
 LEAST = -1e4
 """Log-probability that stands for none, which half precision can hold."""
+NOTHING = -1e30
+"""Logit that stands for none; finite, so that a sum of such ones has a gradient (of zero)."""
 REMEDY = "Take another model, or set objective.kl_weight=0: then nothing holds it to its language."
 
 
@@ -172,7 +174,16 @@ def _written(causal_lm: Any, start: int, num_texts: int, length: int) -> torch.T
 
 def _distributions(causal_lm: Any, tokens: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the likeliest next tokens (n, L, K) at every token, and log-probabilities (n, L, K + 1)."""
-    log_p = causal_lm(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
-    top = log_p.topk(num_likely, dim=-1)
-    rest = log_p.scatter_(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
-    return top.indices.cpu(), torch.cat([top.values, rest], dim=-1).clamp_min(LEAST).cpu()
+    logits = causal_lm(input_ids=tokens, use_cache=False).logits.float()
+    likely = logits.topk(num_likely, dim=-1).indices
+    return likely.cpu(), lumped_log_p(logits, likely).cpu()
+
+
+def lumped_log_p(logits: torch.Tensor, likely: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (..., K + 1) of the tokens `likely` (..., K), and last of all others as one token.
+
+    logits (..., V), float32. A token that a model never says has LEAST, and no gradient.
+    """
+    rest = logits.scatter(-1, likely, NOTHING).logsumexp(-1, keepdim=True)
+    # Over K + 1 tokens, of which the last stands for all others, the normalisation is that over all.
+    return torch.cat([logits.gather(-1, likely), rest], dim=-1).log_softmax(-1).clamp_min(LEAST)
