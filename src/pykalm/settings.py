@@ -149,16 +149,18 @@ class TrainingSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile fuses the work of each layer: a minute or two at the start, then faster steps.",
+        description="Whether torch.compile fuses the work of each layer, after a minute or two at the start: for GPUs. On a"
+        " CPU of several threads steps are slower with it.",
     )
     chunk_tokens: Positive | None = Field(
         None,
-        description="Tokens per forward pass; null takes 1024 on a CPU, 16384 on a GPU. Lower it when memory runs out.",
+        description="Tokens per forward pass; null takes 1024 on a CPU, where each thread computes a pass of its own, 16384 on"
+        " a GPU. Lower it when memory runs out.",
     )
     memory_tokens: Positive = Field(
         12288,
-        description="Tokens of a batch whose graph is kept in memory (about 9 GB for a model of 135M parameters); larger"
-        " batches take gradient caching, which computes every text twice. Lower it when memory runs out.",
+        description="Tokens whose graph is kept in memory at the same time (12288 are about 9 GB for a model of 135M"
+        " parameters); larger batches take gradient caching, which computes every text twice. Lower it when memory runs out.",
     )
     memory: Size | None = Field(
         None,

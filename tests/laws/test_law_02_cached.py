@@ -1,11 +1,13 @@
 """Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from pykalm.learn import step
+from pykalm.learn.batches import Batch
+from pykalm.learn.step import StepLoss
 from pykalm.model.encoder import Encoder
 from tests.laws.common import (
     build_batch,
@@ -72,8 +74,40 @@ def test_the_first_pass_is_left_out_where_no_vector_is_learned_from() -> None:
     assert largest_difference(cached, one_shot) < 2e-5
 
 
+def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other() -> None:
+    """Dropout 0.3, in one graph and with caching; the gradients of chunks are added in another order, which is below 2e-5."""
+    encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=64).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    for memory_tokens in (1 << 20, 2 * encoder.chunk_tokens):
+        (loss, one), (side_loss, several) = (
+            gradients_on(threads, encoder, batch, memory_tokens=memory_tokens) for threads in (1, 2)
+        )
+        assert abs(side_loss.total - loss.total) < 1e-5
+        assert several.keys() == one.keys()
+        assert largest_difference(several, one) < 2e-5
+
+
+def gradients_on(
+    threads: int, encoder: Encoder, batch: Batch, **settings: Any
+) -> tuple[StepLoss, dict[str, torch.Tensor]]:
+    """Return loss and gradients of a step with so many of PyTorch's threads, each of which then has chunks of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert step.chunks_at_once(encoder) == threads
+        return gradients(encoder, batch, **settings)
+    finally:
+        torch.set_num_threads(before)
+
+
 def second_pass_draws_other_dropout() -> AbstractContextManager[None]:
-    return replaced(step, "_set_random_state", lambda device, state: None)
+    right = step._Step._pass
+
+    def wrong(self: step._Step, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seeds[number] += 1
+        return right(self, number)
+
+    return replaced(step._Step, "_pass", wrong)
 
 
 def vectors_are_detached_from_the_temperature() -> AbstractContextManager[None]:
@@ -96,9 +130,27 @@ def gradients_reach_the_wrong_chunk() -> AbstractContextManager[None]:
     return replaced(step, "_in_order", lambda vectors, chunks, count: torch.cat(vectors[::-1]))
 
 
+def all_threads_draw_from_one_generator() -> AbstractContextManager[None]:
+    return replaced(step, "drawing_from", lambda seed: nullcontext())
+
+
+def the_last_chunk_has_its_gradient_alone() -> AbstractContextManager[None]:
+    def wrong(gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+        for weight, gradient in gradients.items():
+            weight.grad = gradient
+
+    return replaced(step, "_add", wrong)
+
+
 BREAKS = {
     "the second pass draws other dropout": second_pass_draws_other_dropout,
     "the cached pass forgets the temperature": vectors_are_detached_from_the_temperature,
     "gradients reach the wrong chunk": gradients_reach_the_wrong_chunk,
 }
 CHECKS = dict.fromkeys(BREAKS, "test_cached_gradients_equal_one_shot_gradients")
+SIDE_BY_SIDE = {
+    "all threads draw dropout from one generator": all_threads_draw_from_one_generator,
+    "the last chunk's gradient replaces those before": the_last_chunk_has_its_gradient_alone,
+}
+BREAKS |= SIDE_BY_SIDE
+CHECKS |= dict.fromkeys(SIDE_BY_SIDE, "test_chunks_side_by_side_have_the_gradient_of_one_after_the_other")

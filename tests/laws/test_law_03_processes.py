@@ -154,11 +154,11 @@ def completion_loss_is_a_mean_of_means() -> AbstractContextManager[None]:
     """Divide by the answers of the process and then by the number of processes."""
     right = step._written
 
-    def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: Any) -> Tensor:
-        share = step._share(encoder, batch)
+    def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: Any, **options: Any) -> Tensor:
+        share = step._share(encoder, batch, 1 << 20)
         answers = sum(len(some.answers) for some in share.chunks)
         factor = len(batch.answer_nodes) / max(1, answers) / processes.count()
-        return right(encoder, batch, states, chunk) * torch.tensor([factor, 1.0])
+        return right(encoder, batch, states, chunk, **options) * torch.tensor([factor, 1.0])
 
     return replaced(step, "_written", wrong)
 

@@ -71,10 +71,10 @@ def mean_of_means() -> AbstractContextManager[None]:
     """Average over a chunk's tokens, then over chunks. METHOD.md §3 forbids it."""
     right = step._written
 
-    def wrong(encoder: Any, batch: Any, states: Any, chunk: Any) -> torch.Tensor:
+    def wrong(encoder: Any, batch: Any, states: Any, chunk: Any, **options: Any) -> torch.Tensor:
         total = len(batch.answer_nodes)
         chunks = len(batch.trie.chunks(encoder.chunk_tokens))
-        part = right(encoder, batch, states, chunk)
+        part = right(encoder, batch, states, chunk, **options)
         return part * torch.tensor([total / max(1, len(chunk.answers)) / chunks, 1.0])
 
     return replaced(step, "_written", wrong)

@@ -128,8 +128,8 @@ def kl_is_a_sum() -> AbstractContextManager[None]:
     """Forget to divide by the tokens."""
     right = step._written
 
-    def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: step._Chunk) -> Tensor:
-        return right(encoder, batch, states, chunk) * torch.tensor([1.0, len(batch.own_nodes)])
+    def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: step._Chunk, **options: int) -> Tensor:
+        return right(encoder, batch, states, chunk, **options) * torch.tensor([1.0, len(batch.own_nodes)])
 
     return replaced(step, "_written", wrong)
 

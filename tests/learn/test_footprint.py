@@ -135,6 +135,8 @@ def test_a_budget_is_spent_on_the_largest_passes_that_fit() -> None:
     assert (fit.chunk_tokens, fit.memory_tokens) == (704, 700)
     assert PLAIN.cached(fit.chunk_tokens) <= PLAIN.one_graph(fit.memory_tokens) == PLANNED_SHARE * 10_000
     assert fit_budget(PLAIN, 10**6, device=CPU).chunk_tokens == 2048
+    side_by_side = fit_budget(dataclasses.replace(PLAIN, at_once=2), 10_000, device=CPU)
+    assert (side_by_side.chunk_tokens, side_by_side.memory_tokens) == (320, 700), "375 tokens for each of two passes"
     gappy = dataclasses.replace(PLAIN, gaps=2.0)  # (8000 / 2 − 300 − 200) / 10 = 350 tokens a chunk
     assert fit_budget(gappy, 10_000, device=CPU) == Fit(memory_tokens=300, chunk_tokens=320)
     assert gappy.one_graph(300) == 9000

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pykalm.bench.plan import attention, separate_attention
+from pykalm.bench.plan import adapters_of_peft, attention, separate_attention
 from pykalm.errors import ModelError
 from pykalm.learn.batches import Batch
 from pykalm.model.encoder import Encoder
@@ -125,7 +125,7 @@ def _products(encoder: Encoder) -> list[_Product]:
 
     precision = torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.compute_dtype == torch.bfloat16)
     # FlexAttention is made for long rows; the products with weights are the same.
-    with attention(encoder, separate_attention(encoder)), _hooks(linear, note), precision:
+    with attention(encoder, separate_attention(encoder)), adapters_of_peft(encoder), _hooks(linear, note), precision:
         model.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=encoder.device), use_cache=False)
     if missing := linear.keys() - {product.name for product in products}:
         raise ModelError(

@@ -21,6 +21,7 @@ from pykalm.model.attention import FLEX
 from pykalm.model.dropout import Dropout
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, resolve_device
+from pykalm.model.lora import LoraLinear
 from pykalm.model.run import Run, build_run, load_base
 from pykalm.text.verbalize import Verbalizer
 
@@ -194,6 +195,8 @@ def adapters_of_peft(encoder: Encoder) -> Iterator[None]:
     kept = [(layer, dict(layer.lora_dropout.items())) for layer in encoder.modules() if isinstance(layer, LoraLayer)]
     for layer, dropouts in kept:
         layer.cast_input_dtype_enabled = True
+        if isinstance(layer, LoraLinear):
+            layer.give_back()
         for name, dropout in dropouts.items():
             if isinstance(dropout, Dropout):
                 layer.lora_dropout[name] = nn.Dropout(dropout.p).train(dropout.training)
@@ -203,6 +206,7 @@ def adapters_of_peft(encoder: Encoder) -> Iterator[None]:
         for layer, dropouts in kept:
             layer.cast_input_dtype_enabled = False
             layer.lora_dropout.update(dropouts)
+            LoraLinear.take_over(layer)
 
 
 def generator(seed: int, *numbers: int) -> np.random.Generator:

@@ -21,7 +21,8 @@ from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.own_texts import first_token
 from pykalm.model.sharding import give_back
-from pykalm.text.texts import TokenIds
+from pykalm.model.side_by_side import side_by_side
+from pykalm.text.texts import IntArray, TokenIds
 from pykalm.text.trie import build_trie, row_group
 
 WINDOW = 1024
@@ -84,7 +85,7 @@ def measure_perplexity(
     total, done, likelihood = sum(len(tokens) for _, tokens in texts), 0, 0.0
     for _, tokens in texts:
         windows = cut_windows(tokens, prefix, window=window, stride=stride)
-        for part in _parts(windows, max(1, encoder.chunk_tokens // window)):
+        for part in _parts(windows, max(1, encoder.chunk_tokens // window) * encoder.chunks_at_once()):
             likelihood += log_likelihood(encoder, part)
             done += sum(len(one.targets) for one in part)
             if progress is not None:
@@ -131,15 +132,17 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
     ]
     nodes, targets = np.concatenate(lasts), np.concatenate([window.targets for window in windows])
     was_training, total = encoder.training, 0.0
+
+    def read(rows: IntArray) -> float:
+        group = row_group(trie, rows)
+        which, places = group.find(nodes)
+        chosen = (torch.from_numpy(part).to(encoder.device) for part in (places, targets[which]))
+        return _summed_log_p(encoder, encoder(group, shared=False), *chosen)
+
     encoder.eval()
     try:
         with explained_memory("Take a smaller --window, or lower training.chunk_tokens."):
-            for rows in trie.chunks(encoder.chunk_tokens):
-                group = row_group(trie, rows)
-                states = encoder(group, shared=False)
-                which, places = group.find(nodes)
-                chosen = (torch.from_numpy(part).to(encoder.device) for part in (places, targets[which]))
-                total += _summed_log_p(encoder, states, *chosen)
+            total += sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()))
     finally:
         give_back(encoder)
         encoder.train(was_training)

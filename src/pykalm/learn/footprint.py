@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
+from pykalm.learn.step import chunks_at_once
 from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
+from pykalm.model.side_by_side import AHEAD
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, TokenTrie, row_group
 
@@ -49,7 +51,8 @@ class Footprint:
 
     per_token: of the graph and its gradient, by token of a pass; logits: of the largest part of a completion loss;
     similarity: of the contrastive loss and its gradient; vectors: of all pooled texts of a batch; row_tokens: the
-    longest row, which no pass can be shorter than; gaps: what is held for a byte of those that come and go.
+    longest row, which no pass can be shorter than; gaps: what is held for a byte of those that come and go; at_once: passes
+    that are computed side by side, where memory allows.
     """
 
     always: int
@@ -60,6 +63,7 @@ class Footprint:
     vectors: int
     row_tokens: int
     gaps: float = 1.0
+    at_once: int = 1
 
     def one_graph(self, tokens: int) -> float:
         """Return the bytes at the worst moment of a step whose tokens are all in one graph."""
@@ -92,7 +96,8 @@ def fit_budget(footprint: Footprint, budget: int, *, device: torch.device) -> Fi
         )
     room = (planned - footprint.always) / footprint.gaps - footprint.vectors - footprint.logits
     most = MOST_CHUNK_TOKENS.get(device.type, MOST_CHUNK_TOKENS_ELSEWHERE)
-    rows = min(int(room / footprint.per_token), max(most, footprint.row_tokens)) // footprint.row_tokens
+    tokens = max(int(room / footprint.per_token) // footprint.at_once, footprint.row_tokens)
+    rows = min(tokens, max(most, footprint.row_tokens)) // footprint.row_tokens
     whole = int((room - footprint.similarity) / footprint.per_token)
     return Fit(memory_tokens=max(1, whole), chunk_tokens=rows * footprint.row_tokens)
 
@@ -115,6 +120,8 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
     with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance(stance):
         try:
             encoder.train()
+            at_once = chunks_at_once(encoder)
+            waiting = AHEAD * at_once * gradients if at_once > 1 else 0
             per_token, beside = _bytes_of_a_pass(encoder, trie)
             logits = _bytes_of_logits(encoder, builder)
             similarity = _bytes_of_similarity(queries * candidates, device) if builder.explicit else 0
@@ -123,7 +130,7 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
             encoder.zero_grad(set_to_none=True)
             gc.collect()
     return Footprint(
-        always=resident + gradients + moments + int(beside),
+        always=resident + gradients + waiting + moments + int(beside),
         weights_stage=moments,  # its temporaries are as large as what it keeps
         per_token=per_token,
         logits=logits,
@@ -131,6 +138,7 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
         vectors=VECTOR_COPIES * 4 * encoder.width * (queries + candidates) if builder.explicit else 0,
         row_tokens=max(encoder.row_tokens, int(trie.row_lengths.max())),
         gaps=GAPS.get(device.type, 1.0),
+        at_once=at_once,
     )
 
 

@@ -1,25 +1,36 @@
 """One step's loss and gradient: in one graph or by gradient caching, in one process or many, with the same result."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
+from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
 from pykalm.model.sharding import is_sharded
+from pykalm.model.side_by_side import AHEAD, side_by_side
 from pykalm.processes import any_of, count, gather_rows, is_main, rank, share_out, sum_in_place
 from pykalm.text.texts import IntArray
-from pykalm.text.trie import RowGroup, row_group
+from pykalm.text.trie import RowGroup, TokenTrie, row_group
+
+LEAST_CHUNK_TOKENS = 512
+"""Fewer in a pass make matrix products slower; a small step leaves threads to its few passes instead."""
+SIZES = 16
+"""Sizes of a chunk that are tried, to find the smallest that needs no more chunks."""
+MOST_GRADIENT_BYTES = 3 << 30
+"""What gradients of chunks that are computed side by side may take until they are added."""
 
 
 @dataclass(frozen=True)
@@ -52,72 +63,131 @@ class _Chunk:
 class _Share:
     """Hold what this process computes of a batch: its rows in chunks, and the process (N,) of each of the N pooled nodes.
 
-    own: those of the N that are its own; tokens: of the largest share of all, so that all choose the same way to compute.
+    own: those of the N that are its own; keeps_graph: whether the graph of all chunks is kept, which all processes decide
+    alike; at_once: how many chunks are computed at the same time.
     """
 
     pooled_nodes: IntArray
     owners: IntArray
     own: IntArray
     chunks: list[_Chunk]
-    tokens: int
+    keeps_graph: bool
+    at_once: int
 
 
 def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int) -> StepLoss:
     """Add the gradient of L = L_exp + λ · L_imp + β · L_kl to every parameter; return the losses. METHOD.md §4, §6.
 
-    A trie of more than memory_tokens nodes is computed twice: once without a graph, for all vectors and the gradient of
-    L_exp at them, then chunk by chunk with one, so that memory holds one chunk however large the batch is. Dropout draws
-    the same numbers both times. The temperature takes part in both ways.
+    All chunks of the trie are read, then L_exp gives the gradient at their vectors, then each chunk learns from that and from
+    its part of the others. A trie of more than memory_tokens nodes is read without a graph and once more to learn, so that
+    memory holds memory_tokens, or a chunk, however large the batch is. Dropout draws the same numbers both times. The
+    temperature takes part in both ways. On a CPU chunks are computed side by side; their gradients are added in one order.
 
     All processes call this with the same batch and empty gradients; each computes its share of the rows. Losses and
     gradients are in every one of them those that one process would find. METHOD.md §7.13.
     """
-    share = _share(encoder, batch)
-    compute = _in_one_graph if share.tokens <= memory_tokens else _cached
-    explicit, written = compute(encoder, batch, objective, share)
+    share = _share(encoder, batch, memory_tokens)
+    seed = int(torch.randint(1 << 62, ()))
+    with torch.random.fork_rng(devices=[]):  # where a chunk draws from the generator of all, it is set for it
+        step = _Step(
+            encoder, batch, objective, share, np.random.SeedSequence(seed).generate_state(len(share.chunks)).tolist()
+        )
+        explicit, written = step.take()
     _sum_over_processes(encoder, written)
     implicit, kl = written.tolist()
     total = float(explicit) + objective.implicit_weight * implicit + objective.kl_weight * kl
     return StepLoss(total, float(explicit), implicit, kl)
 
 
-def _in_one_graph(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
-    """Return L_exp and this process's parts of L_imp and L_kl (2,), after one backward pass."""
-    states = [encoder(chunk.group, shared=batch.trie.shared) for chunk in share.chunks]
-    vectors = [_vectors(encoder, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
-    own = _in_order(vectors, share.chunks, len(share.own))
-    explicit = _explicit(encoder, batch, objective, own, share)
-    parts = [_written(encoder, batch, part, chunk) for part, chunk in zip(states, share.chunks, strict=True)]
-    written = sum(parts, torch.zeros(2, device=encoder.device))
-    _backward(explicit + _weighted(written, objective))
-    return explicit.detach(), written.detach()
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Take a step with this process's share of a batch; seeds (chunks,): what the dropout of every chunk is drawn from."""
+
+    encoder: Encoder
+    batch: Batch
+    objective: ObjectiveSettings
+    share: _Share
+    seeds: list[int]
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return L_exp and this process's parts of L_imp and L_kl (2,), whose gradients are in the parameters then."""
+        chunks, at_once = range(len(self.share.chunks)), self.share.at_once
+        explicit, at_vectors = torch.zeros((), device=self.encoder.device), None
+        if len(self.batch.positives):  # else there is nothing to learn from vectors, and reading would be for nothing
+            with torch.set_grad_enabled(self.share.keeps_graph):
+                vectors = list(side_by_side(self._read, chunks, at_once=at_once))
+            leaves = _in_order(vectors, self.share.chunks, len(self.share.own)).requires_grad_()
+            explicit = _explicit(self.encoder, self.batch, self.objective, leaves, self.share)
+            _backward(explicit)
+            at_vectors = leaves.grad
+        return explicit.detach(), self._learn(at_vectors)
+
+    def _read(self, number: int) -> Tensor:
+        """Return a chunk's vectors without their graph, which is kept where gradients are on."""
+        states, vectors = self._pass(number)
+        if torch.is_grad_enabled():
+            self.kept[number] = states, vectors
+        return vectors.detach()
+
+    def _learn(self, at_vectors: Tensor | None) -> Tensor:
+        """Add the gradients to the parameters; return this process's parts of L_imp and L_kl (2,).
+
+        at_vectors (n, D): the gradient of L_exp at this process's vectors.
+        """
+        chunks, written = range(len(self.share.chunks)), torch.zeros(2, device=self.encoder.device)
+        if self.share.at_once > 1:
+            found = side_by_side(lambda chunk: self._gradients(chunk, at_vectors), chunks, at_once=self.share.at_once)
+            for part, gradients in found:
+                written += part
+                _add(gradients)
+            return written
+        whole = torch.zeros((), device=self.encoder.device)
+        for chunk in chunks:
+            part, total = self._loss(chunk, at_vectors)
+            written += part.detach()
+            whole = whole + total
+            if not self.share.keeps_graph:
+                _backward(whole)
+                whole = torch.zeros_like(whole)
+        _backward(whole)  # of a graph that is kept all at once: shared weights are let go of after a backward pass
+        return written
+
+    def _gradients(self, chunk: int, at_vectors: Tensor | None) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Return a chunk's parts of L_imp and L_kl (2,), and the gradients at the parameters."""
+        part, total = self._loss(chunk, at_vectors)
+        if not total.requires_grad:
+            return part.detach(), {}
+        learned = [
+            weight for weight in self.encoder.trainable().values() if weight is not self.encoder.log_inverse_temperature
+        ]
+        found = torch.autograd.grad(total, learned, allow_unused=True)
+        return part.detach(), {weight: own for weight, own in zip(learned, found, strict=True) if own is not None}
+
+    def _loss(self, number: int, at_vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return a chunk's parts of L_imp and L_kl (2,), and what has its whole gradient."""
+        chunk = self.share.chunks[number]
+        states, vectors = self.kept.pop(number) if number in self.kept else self._pass(number)
+        part = _written(self.encoder, self.batch, states, chunk, logits_at_once=LOGITS_AT_ONCE // self.share.at_once)
+        total = _weighted(part, self.objective)
+        if at_vectors is not None:
+            total = total + (vectors * _at(at_vectors, chunk.pooled)).sum()
+        return part, total
+
+    def _pass(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the states of a chunk and its vectors."""
+        chunk, seed = self.share.chunks[number], self.seeds[number]
+        with drawing_from(seed) if self.share.at_once > 1 else nullcontext():
+            if self.share.at_once == 1:
+                torch.manual_seed(seed)
+            states = self.encoder(chunk.group, shared=self.batch.trie.shared)
+        return states, _vectors(self.encoder, states, chunk)
 
 
-def _cached(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, share: _Share) -> tuple[Tensor, Tensor]:
-    """Return L_exp and this process's parts of L_imp and L_kl (2,), after two passes over its chunks."""
-    device, generators, vectors = encoder.device, [], []
-    explicit, gradient = torch.zeros((), device=device), None
-    if len(batch.positives):  # else there is nothing to learn from vectors, and the first pass would be for nothing
-        for chunk in share.chunks:
-            generators.append(_random_state(device))
-            with torch.no_grad():
-                vectors.append(_vectors(encoder, encoder(chunk.group, shared=batch.trie.shared), chunk))
-        leaves = _in_order(vectors, share.chunks, len(share.own)).requires_grad_()
-        explicit = _explicit(encoder, batch, objective, leaves, share)
-        _backward(explicit)
-        gradient = leaves.grad
-    written = torch.zeros(2, device=device)
-    for number, chunk in enumerate(share.chunks):
-        if gradient is not None:
-            _set_random_state(device, generators[number])
-        states = encoder(chunk.group, shared=batch.trie.shared)
-        part = _written(encoder, batch, states, chunk)
-        total = _weighted(part, objective)
-        if gradient is not None:
-            total = total + (_vectors(encoder, states, chunk) * _at(gradient, chunk.pooled)).sum()
-        _backward(total)
-        written += part.detach()
-    return explicit.detach(), written
+def _add(gradients: dict[nn.Parameter, Tensor]) -> None:
+    """Add gradients to those that the parameters have."""
+    for weight, gradient in gradients.items():
+        weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
 
 
 def _weighted(written: Tensor, objective: ObjectiveSettings) -> Tensor:
@@ -125,12 +195,14 @@ def _weighted(written: Tensor, objective: ObjectiveSettings) -> Tensor:
     return objective.implicit_weight * written[0] + objective.kl_weight * written[1]
 
 
-def _share(encoder: Encoder, batch: Batch) -> _Share:
+def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     """Share the rows of a batch out, so that all processes have as many tokens, and chunk those of this one."""
     trie = batch.trie
     owner_of_row = share_out(trie.row_lengths)
     shares = [np.flatnonzero(owner_of_row == process) for process in range(count())]
-    chunked = [trie.chunks(encoder.chunk_tokens, rows) for rows in shares]
+    keeps_graph = max(int(trie.row_lengths[rows].sum()) for rows in shares) <= memory_tokens
+    at_once = chunks_at_once(encoder, None if keeps_graph else memory_tokens)
+    chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, at_once) for rows in shares]
     groups = [row_group(trie, rows) for rows in chunked[rank()]]
     pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
     owners = owner_of_row[trie.rows_of(pooled_nodes)]
@@ -144,8 +216,27 @@ def _share(encoder: Encoder, batch: Batch) -> _Share:
         owners,
         own,
         chunks + [_idle_chunk(batch)] * (passes - len(chunks)),
-        tokens=max(int(trie.row_lengths[rows].sum()) for rows in shares),
+        keeps_graph,
+        at_once,
     )
+
+
+def chunks_at_once(encoder: Encoder, memory_tokens: int | None = None) -> int:
+    """Return how many chunks learn at the same time, with at most memory_tokens and MOST_GRADIENT_BYTES of gradients."""
+    one = AHEAD * sum(weight.numel() * weight.element_size() for weight in encoder.trainable().values())
+    most = [encoder.chunks_at_once(), MOST_GRADIENT_BYTES // one]
+    most += [] if memory_tokens is None else [memory_tokens // encoder.chunk_tokens]
+    return max(1, min(most))
+
+
+def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int) -> list[IntArray]:
+    """Group rows into chunks of at most `most` tokens, with which those that are computed at once have as much to do."""
+    tokens = int(trie.row_lengths[rows].sum())
+    wanted = at_once * math.ceil(tokens / (at_once * most))
+    if at_once == 1 or tokens < wanted * LEAST_CHUNK_TOKENS:
+        return trie.chunks(min(most, LEAST_CHUNK_TOKENS) if at_once > 1 else most, rows)
+    sizes = np.linspace(tokens / wanted, most, SIZES).astype(int).tolist()
+    return next((chunks for size in sizes if len(chunks := trie.chunks(size, rows)) <= wanted), trie.chunks(most, rows))
 
 
 def _idle_chunk(batch: Batch) -> _Chunk:
@@ -173,24 +264,25 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
     )
 
 
-def _written(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk) -> Tensor:
+def _written(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk, *, logits_at_once: int) -> Tensor:
     """Return a chunk's parts of L_imp and L_kl (2,), each a mean over all its tokens in the batch."""
     implicit = _sum_of_logits(
         encoder, states, chunk.answer_places, completion_loss_sum, [batch.answer_tokens[chunk.answers]],
-        needed=len(batch.answer_nodes) > 0,
+        needed=len(batch.answer_nodes) > 0, at_once=logits_at_once,
     )  # fmt: skip
     kl = _sum_of_logits(
         encoder, states, chunk.own_places, kl_sum,
         [batch.own_likely[chunk.own].astype(np.int64), batch.own_log_p[chunk.own]], needed=len(batch.own_nodes) > 0,
+        at_once=logits_at_once,
     )  # fmt: skip
     return torch.stack([implicit / max(1, len(batch.answer_nodes)), kl / max(1, len(batch.own_nodes))])
 
 
 def _sum_of_logits(
     encoder: Encoder, states: Tensor, places: IntArray, loss_sum: Callable[..., Tensor], targets: Sequence[npt.NDArray[Any]],
-    *, needed: bool,
+    *, needed: bool, at_once: int,
 ) -> Tensor:  # fmt: skip
-    """Return the summed loss of the logits at some places; they are built, used and built again in parts.
+    """Return the summed loss of the logits at some places; they are built, used and built again at_once places at a time.
 
     targets: arrays (T, ...) of what the loss wants beside the logits; needed: whether any process has such places.
     """
@@ -201,9 +293,11 @@ def _sum_of_logits(
     def part(some_states: Tensor, *some_targets: Tensor) -> Tensor:
         return loss_sum(encoder.logits(some_states), *some_targets)
 
-    bounds = range(0, len(places), LOGITS_AT_ONCE)
-    pieces = [[tensor[start : start + LOGITS_AT_ONCE] for tensor in (read, *wanted)] for start in bounds]
-    return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
+    bounds = range(0, len(places), at_once)
+    pieces = [[tensor[start : start + at_once] for tensor in (read, *wanted)] for start in bounds]
+    return torch.stack(
+        [checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    ).sum()
 
 
 def _nothing(encoder: Encoder, states: Tensor, *, with_logits: bool) -> Tensor:
@@ -253,14 +347,3 @@ def _in_order(vectors: list[Tensor], chunks: list[_Chunk], count: int) -> Tensor
     order = np.concatenate([chunk.pooled for chunk in chunks])
     assert len(order) == count
     return _at(torch.cat(vectors), np.argsort(order))
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -20,6 +20,7 @@ from pykalm.errors import ModelError
 from pykalm.files import replace_folder
 from pykalm.model.dropout import Dropout
 from pykalm.model.layers import find_layers
+from pykalm.model.lora import LoraLinear
 from pykalm.model.pretrained import no_progress_bars
 from pykalm.model.sharding import whole
 from pykalm.processes import is_main, on_main
@@ -167,6 +168,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             for name, dropout in module.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):
                     module.lora_dropout[name] = Dropout(dropout.p)
+            LoraLinear.take_over(module)
     adapted.train(model.training)
     assert isinstance(adapted, PeftModel)
     return adapted

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
-from pykalm.model.layers import find_layers
+from pykalm.model.dropout import drawing_from
+from pykalm.model.layers import find_layers, is_compiled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
+from pykalm.model.side_by_side import side_by_side
 from pykalm.processes import failing_together, gather_rows, rank, share_out
 from pykalm.text.texts import IntArray, Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
@@ -55,6 +57,7 @@ class Encoder(nn.Module):
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
         self.wanted_attention, self.pooling = attention, pooling
+        self._draws: bool | None = None
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
@@ -95,6 +98,28 @@ class Encoder(nn.Module):
             return [FLEX] if is_made_for_it and not is_sharded(self) else []  # its check asks for plain gradients
         return [MATMUL_ATTENTION] if self.device.type == "cpu" and self.wanted_attention == "auto" else []
 
+    def chunks_at_once(self) -> int:
+        """Return how many chunks are computed at the same time: on a CPU one for each of PyTorch's threads.
+
+        One where layers are compiled (what is compiled holds on to Python), where weights are shared out among processes,
+        and in training where the model has a dropout of its own, whose numbers all threads would draw from one generator.
+        """
+        if self.device.type != "cpu" or is_sharded(self) or is_compiled(self.causal_lm):
+            return 1
+        return 1 if self.training and self._draws_from_all() else torch.get_num_threads()
+
+    def _draws_from_all(self) -> bool:
+        """Return whether a pass in training moves PyTorch's own generator, by one over two tokens."""
+        if self._draws is None:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_from(0), self._precision():
+                before = torch.get_rng_state()
+                self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
+                self._draws = not torch.equal(torch.get_rng_state(), before)
+        return self._draws
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
     def share_weights_out(self) -> None:
         """Let every process hold a part of the weights only, whose gradients and vectors stay the same (FSDP)."""
         layers = [layer for _, stack in find_layers(self.causal_lm) for layer in stack]
@@ -130,7 +155,7 @@ class Encoder(nn.Module):
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
             arguments |= {"position_ids": depths, "attention_mask": mask}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+        with self._precision():
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
         return states[:, :width].flatten(0, 1)
 
@@ -140,7 +165,7 @@ class Encoder(nn.Module):
 
     def own_logits(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return states (T, D) of a text (T,) and the logits (T, V) that the model itself gives, whatever `logits` does."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+        with self._precision():
             logits: Tensor = self.causal_lm(input_ids=token_ids[None], use_cache=False).logits[0]
             states: Tensor = self.causal_lm.base_model(input_ids=token_ids[None], use_cache=False)[0][0]
         return states, logits.float()
@@ -148,7 +173,7 @@ class Encoder(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits (T, V) of states (T, D), with the scaling and soft-capping that some families apply."""
         config = self.causal_lm.config
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+        with self._precision():
             logits: Tensor = self.causal_lm.get_output_embeddings()(states).float()
         logits = (
             logits
@@ -207,12 +232,15 @@ class Encoder(nn.Module):
         own, own_chunks = wanted[owner_of_text == rank()], [chunks[i] for i in np.flatnonzero(owners == rank())]
         idle = np.bincount(owners).max() - len(own_chunks) if is_sharded(self) else 0
         vectors = torch.empty(len(own), self.width)
+
+        def vectors_of(rows: IntArray) -> tuple[IntArray, Tensor]:
+            group = row_group(trie, rows)
+            which, places = group.find(own)
+            return which, pooled(self.read(self(group, shared=trie.shared), group, places)).cpu()
+
         with failing_together():
-            for done, rows in enumerate(own_chunks):
-                group = row_group(trie, rows)
-                which, places = group.find(own)
-                states = self(group, shared=trie.shared)
-                vectors[torch.from_numpy(which)] = pooled(self.read(states, group, places)).cpu()
+            for done, (which, found) in enumerate(side_by_side(vectors_of, own_chunks, at_once=self.chunks_at_once())):
+                vectors[torch.from_numpy(which)] = found
                 report(trie.num_nodes * (done + 1) // len(own_chunks))
             for _ in range(idle):  # all processes gather the weights for every pass
                 self(row_group(trie, chunks[0][:1]), shared=trie.shared)

@@ -18,6 +18,11 @@ def find_layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, stack
 
 
+def is_compiled(model: Any) -> bool:
+    """Return whether the layers of a model are compiled."""
+    return any(layer._compiled_call_impl is not None for _, stack in find_layers(model) for layer in stack)
+
+
 def compile_layers(model: Any, dtype: torch.dtype) -> None:
     """Let torch.compile fuse the work of each layer, for rows of any number and length, and try it on three tokens.
 

@@ -11,9 +11,10 @@ from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.index import distinct_texts
 from pykalm.model.sharding import give_back, is_sharded
+from pykalm.model.side_by_side import side_by_side
 from pykalm.processes import failing_together, gather_rows, rank, share_out
 from pykalm.text.texts import IntArray, Texts, ranges, starts_of
-from pykalm.text.trie import TokenTrie, row_group
+from pykalm.text.trie import RowGroup, row_group
 from pykalm.text.verbalize import Completions, answer_positions
 
 FloatArray = npt.NDArray[np.float64]
@@ -80,25 +81,31 @@ def _sums(encoder: Encoder, completions: Completions) -> FloatArray:
     pairs = np.argsort(of_node, kind="stable")  # the answer tokens, those behind the first wanted node first
     counts = np.bincount(of_node, minlength=len(wanted))
     starts = np.cumsum(counts) - counts
-    for which, states in _states(encoder, trie, wanted):
-        log_probabilities = encoder.logits(states).log_softmax(dim=-1)
-        chosen = pairs[ranges(starts[which], counts[which])]
-        rows = torch.from_numpy(np.repeat(np.arange(len(which)), counts[which])).to(encoder.device)
-        columns = torch.from_numpy(tokens[chosen]).to(encoder.device)
-        found[chosen] = log_probabilities[rows, columns].double().cpu().numpy()
+
+    def read(rows: IntArray) -> list[tuple[IntArray, FloatArray]]:
+        parts = []
+        for which, states in _states(encoder, row_group(trie, rows), wanted, shared=trie.shared):
+            log_probabilities = encoder.logits(states).log_softmax(dim=-1)
+            chosen = pairs[ranges(starts[which], counts[which])]
+            row = torch.from_numpy(np.repeat(np.arange(len(which)), counts[which])).to(encoder.device)
+            column = torch.from_numpy(tokens[chosen]).to(encoder.device)
+            parts.append((chosen, log_probabilities[row, column].double().cpu().numpy()))
+        return parts
+
+    for parts in side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()):
+        for chosen, values in parts:
+            found[chosen] = values
     text = np.repeat(np.arange(len(completions)), completions.num_answer_tokens)
     sums: FloatArray = np.bincount(text, weights=found, minlength=len(completions)).astype(np.float64)
     return sums
 
 
-def _states(encoder: Encoder, trie: TokenTrie, wanted: IntArray) -> Iterator[tuple[IntArray, Tensor]]:
-    """Yield the states of the wanted nodes of a trie, LOGITS_AT_ONCE at most, each with the numbers of its nodes."""
-    for rows in trie.chunks(encoder.chunk_tokens):
-        group = row_group(trie, rows)
-        which, places = group.find(wanted)
-        states = encoder(group, shared=trie.shared)[torch.from_numpy(places).to(encoder.device)]
-        for start in range(0, len(which), LOGITS_AT_ONCE):
-            yield which[start : start + LOGITS_AT_ONCE], states[start : start + LOGITS_AT_ONCE]
+def _states(encoder: Encoder, group: RowGroup, wanted: IntArray, *, shared: bool) -> Iterator[tuple[IntArray, Tensor]]:
+    """Yield the states of the wanted nodes of a group, LOGITS_AT_ONCE at most, each with the numbers of its nodes."""
+    which, places = group.find(wanted)
+    states = encoder(group, shared=shared)[torch.from_numpy(places).to(encoder.device)]
+    for start in range(0, len(which), LOGITS_AT_ONCE):
+        yield which[start : start + LOGITS_AT_ONCE], states[start : start + LOGITS_AT_ONCE]
 
 
 def without_last_tokens(texts: Texts) -> Texts:

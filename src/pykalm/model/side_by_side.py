@@ -1,0 +1,75 @@
+"""Passes side by side: on a CPU every thread computes one of its own, which wastes less than all threads at every product."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD = 2
+"""Results that may wait to be taken, for each of those at work: a slow piece shall not keep the others waiting."""
+
+
+def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -> Iterator[R]:
+    """Yield work(piece) of every piece, in their order, with up to at_once of them computed at the same time.
+
+    PyTorch's threads are shared out among those at work. Gradients are recorded in them where they are here; an error in
+    a piece is raised here, once no other is at work.
+    """
+    threads = torch.get_num_threads()
+    workers = _workers(min(at_once, len(pieces)), threads)
+    if workers <= 1:
+        yield from map(work, pieces)
+        return
+    records = torch.is_grad_enabled()
+
+    def one(piece: T) -> R:
+        with torch.set_grad_enabled(records):
+            return work(piece)
+
+    pool, waiting = _pool(workers, threads // workers), deque[Future[R]]()
+    try:
+        for piece in pieces:
+            waiting.append(pool.submit(one, piece))
+            if len(waiting) == AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+
+
+def _workers(wanted: int, threads: int) -> int:
+    """Return how many work at once: one for each thread, or so few of them as a power of two, that there are few pools."""
+    return threads if wanted >= threads else 1 << max(0, wanted.bit_length() - 1)
+
+
+@cache
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Return workers, each of which computes with so many of PyTorch's threads."""
+    ready, before = threading.Barrier(workers + 1), torch.get_num_threads()
+
+    def take_threads() -> None:
+        torch.get_num_threads()  # PyTorch hands a new thread its number when it is first asked, over what was set before
+        torch.set_num_threads(threads)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(workers, "kalm pass", initializer=take_threads)
+    for _ in range(workers):
+        pool.submit(lambda: None)
+    ready.wait()
+    torch.set_num_threads(before)  # what a worker set would be handed to all new threads
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a copy of this process has none of its threads

@@ -1,0 +1,121 @@
+"""Claims about LoRA's product in one operation: it is peft's, its gradients are, and what it cannot do is left to peft."""
+
+import copy
+
+import pytest
+import torch
+from peft.tuners import lora
+
+from pykalm.model.adapters import add_adapter
+from pykalm.model.dropout import drawing_from, dropped_places
+from pykalm.model.lora import LoraLinear
+from tests.tiny_models import tiny_model
+
+WIDTH = 32
+
+
+def layer_of(dropout: float = 0.0, family: str = "llama") -> LoraLinear:
+    """Return the first adapted layer of a tiny model, in train mode, far from its start at 0."""
+    model = add_adapter(tiny_model(family), rank=4, alpha=6, dropout=dropout, seed=1).train()
+    found = next(module for module in model.modules() if isinstance(module, lora.Linear))
+    torch.nn.init.normal_(found.lora_B["default"].weight, generator=torch.Generator().manual_seed(3))
+    return found  # type: ignore[return-value]
+
+
+def gradients_of(layer: lora.Linear, x: torch.Tensor, above: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    learned = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    product = layer(x)
+    return [product.detach(), *torch.autograd.grad(product, [x, *learned], above)]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's linear layers have a bias
+@pytest.mark.parametrize("half", [False, True])
+def test_product_and_gradients_are_those_of_peft(family: str, half: bool) -> None:
+    """Float32 to 1e-5; under autocast to bfloat16 within its rounding."""
+    layer = layer_of(family=family)
+    assert isinstance(layer, LoraLinear)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, WIDTH, generator=generator)
+    above = torch.randn(2, 5, layer.out_features, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        product = layer(x)
+        found = gradients_of(layer, x, above.to(product.dtype))
+        layer.give_back()
+        assert type(layer) is lora.Linear
+        wanted = gradients_of(layer, x, above.to(product.dtype))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert float((one - other).norm() / other.norm()) < (0.02 if half else 1e-5)
+
+
+def test_the_gradient_is_that_of_finite_differences_with_dropout_too() -> None:
+    layer = layer_of(dropout=0.4).double()
+    x = torch.randn(3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def product(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        with drawing_from(7):
+            return layer(x)
+
+    learned = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    assert torch.autograd.gradcheck(product, (x, *learned))
+
+
+def test_dropout_leaves_the_base_alone_and_keeps_the_mean() -> None:
+    layer = layer_of(dropout=0.25)
+    x = torch.ones(20_000, WIDTH)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        dropped = layer(x)
+        whole = layer.eval()(x)
+    assert not torch.allclose(dropped, whole)
+    assert torch.allclose(dropped.mean(0), whole.mean(0), atol=0.02)
+
+
+def test_what_is_dropped_is_each_place_by_itself_with_its_probability() -> None:
+    """Of 2^20 places a share p within five deviations, no two the same, in order; gaps of one as often as p says."""
+    for p in (0.001, 0.05, 0.5, 0.999):
+        with drawing_from(11):
+            places = dropped_places(p, 1 << 20)
+        assert int(places[0]) >= 0
+        assert int(places[-1]) < 1 << 20
+        gaps = places.diff()
+        assert int(gaps.min()) >= 1
+        deviation = 5 * (p * (1 - p) / (1 << 20)) ** 0.5
+        assert abs(len(places) / (1 << 20) - p) < deviation
+        assert abs(float((gaps == 1).float().mean()) - p) < 5 * (p * (1 - p) / len(gaps)) ** 0.5
+    assert len(dropped_places(0.5, 0)) == 0
+
+
+def test_dropout_is_a_function_of_its_seed() -> None:
+    with drawing_from(1):
+        first, second = dropped_places(0.3, 1000), dropped_places(0.3, 1000)
+    with drawing_from(1):
+        assert torch.equal(dropped_places(0.3, 1000), first)
+    assert not torch.equal(first[:100], second[:100])
+
+
+def test_merged_and_disabled_adapters_are_left_to_peft() -> None:
+    layer, x = layer_of().eval(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        wanted = layer(x)
+        layer.merge()
+        assert torch.allclose(layer(x), wanted, atol=1e-5)
+        layer.unmerge()
+        layer.enable_adapters(False)
+        assert torch.allclose(layer(x), layer.base_layer(x))
+
+
+def test_only_plain_layers_are_taken_over() -> None:
+    model = add_adapter(tiny_model("gpt2"), rank=4)
+    layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
+    assert layers
+    assert not any(isinstance(layer, LoraLinear) for layer in layers), (
+        "GPT-2's layers keep their weights the other way round"
+    )
+
+
+def test_a_layer_can_be_copied() -> None:
+    layer, x = layer_of().eval(), torch.randn(4, WIDTH)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
