@@ -3,12 +3,16 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
+from pykalm.config import ObjectiveSettings
 from pykalm.learn import step
 from pykalm.learn.batches import Batch
-from pykalm.learn.step import StepLoss
-from pykalm.model.encoder import Encoder
+from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
+from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.model.encoder import Encoder, pooled
+from pykalm.text.trie import row_group
 from tests.laws.common import (
     build_batch,
     gradients,
@@ -34,6 +38,43 @@ def test_cached_gradients_equal_one_shot_gradients() -> None:
         assert abs(cached_loss.implicit - one_shot_loss.implicit) < 1e-5
         assert abs(cached_loss.kl - one_shot_loss.kl) < 1e-5
         assert largest_difference(cached, one_shot) < 2e-5
+
+
+def test_gradients_are_those_of_one_graph_over_all_chunks() -> None:
+    """Written out with PyTorch alone: every state in its place, all losses, one backward pass. Without dropout."""
+    encoder = tiny_encoder(row_tokens=48, chunk_tokens=64)
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    settings = ObjectiveSettings()
+    total = plain_loss(encoder, batch, settings)
+    encoder.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    wanted = {name: weight.grad.clone() for name, weight in encoder.trainable().items() if weight.grad is not None}
+    for memory_tokens in (1, 1 << 20):
+        encoder.zero_grad(set_to_none=True)
+        loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens)
+        found = {name: weight.grad for name, weight in encoder.trainable().items() if weight.grad is not None}
+        assert abs(loss.total - float(total.detach())) < 1e-5
+        assert largest_difference(found, wanted) < 2e-5
+
+
+def plain_loss(encoder: Encoder, batch: Batch, settings: ObjectiveSettings) -> torch.Tensor:
+    """Return L of a batch, with its graph."""
+    groups = [row_group(batch.trie, rows) for rows in batch.trie.chunks(encoder.chunk_tokens)]
+    assert len(groups) > 1
+    nodes = np.concatenate([group.nodes.ravel() for group in groups])
+    states = torch.cat([encoder(group, shared=True) for group in groups])[
+        torch.from_numpy(np.argsort(nodes, kind="stable"))
+    ]
+    states = states[int((nodes < 0).sum()) :]  # padding comes first
+    query, candidates = (pooled(states[torch.from_numpy(some)]) for some in (batch.query_nodes, batch.candidate_nodes))
+    explicit = dual_view_loss(
+        query, candidates, log_scale=encoder.log_inverse_temperature, margin=settings.margin,
+        positives=torch.from_numpy(batch.positives), known=torch.from_numpy(batch.known),
+    )  # fmt: skip
+    answers, own = (encoder.logits(states[torch.from_numpy(some)]) for some in (batch.answer_nodes, batch.own_nodes))
+    implicit = completion_loss_sum(answers, torch.from_numpy(batch.answer_tokens)) / len(answers)
+    likely, log_p = torch.from_numpy(batch.own_likely.astype(np.int64)), torch.from_numpy(batch.own_log_p)
+    return explicit + settings.implicit_weight * implicit + settings.kl_weight * kl_sum(own, likely, log_p) / len(own)
 
 
 def test_dropout_is_on_in_that_law() -> None:
@@ -153,4 +194,5 @@ SIDE_BY_SIDE = {
     "the last chunk's gradient replaces those before": the_last_chunk_has_its_gradient_alone,
 }
 BREAKS |= SIDE_BY_SIDE
+CHECKS["gradients reach the wrong chunk"] = "test_gradients_are_those_of_one_graph_over_all_chunks"
 CHECKS |= dict.fromkeys(SIDE_BY_SIDE, "test_chunks_side_by_side_have_the_gradient_of_one_after_the_other")

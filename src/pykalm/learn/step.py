@@ -168,7 +168,9 @@ class _Step:
         """Return a chunk's parts of L_imp and L_kl (2,), and what has its whole gradient."""
         chunk = self.share.chunks[number]
         states, vectors = self.kept.pop(number) if number in self.kept else self._pass(number)
-        part = _written(self.encoder, self.batch, states, chunk, logits_at_once=LOGITS_AT_ONCE // self.share.at_once)
+        part = _written(
+            self.encoder, self.batch, states, chunk, logits_at_once=max(1, LOGITS_AT_ONCE // self.share.at_once)
+        )
         total = _weighted(part, self.objective)
         if at_vectors is not None:
             total = total + (vectors * _at(at_vectors, chunk.pooled)).sum()
