@@ -24,7 +24,7 @@ SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 ROWS = {"cpu": (512, 2048), "cuda": (8192, 32768)}
 SECONDS_A_SHAPE = {"cpu": 0.4, "cuda": 0.1}
 SAMPLE_SECONDS = 0.002
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Names that glibc's mallopt has for these numbers."""
 
 
@@ -121,7 +121,6 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
-        library.mallopt(M_ARENA_MAX, 1)
 
 
 def _give_back_freed_memory() -> None:
