@@ -226,7 +226,7 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
 def chunks_at_once(encoder: Encoder, memory_tokens: int | None = None) -> int:
     """Return how many chunks learn at the same time, with at most memory_tokens and MOST_GRADIENT_BYTES of gradients."""
     one = AHEAD * sum(weight.numel() * weight.element_size() for weight in encoder.trainable().values())
-    most = [encoder.chunks_at_once(), MOST_GRADIENT_BYTES // one]
+    most = [encoder.chunks_at_once(), MOST_GRADIENT_BYTES // max(1, one)]
     most += [] if memory_tokens is None else [memory_tokens // encoder.chunk_tokens]
     return max(1, min(most))
 
