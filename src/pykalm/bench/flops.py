@@ -123,9 +123,13 @@ def _products(encoder: Encoder) -> list[_Product]:
 
         return hook
 
-    precision = torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.compute_dtype == torch.bfloat16)
     # FlexAttention is made for long rows; the products with weights are the same.
-    with attention(encoder, separate_attention(encoder)), adapters_of_peft(encoder), _hooks(linear, note), precision:
+    with (
+        attention(encoder, separate_attention(encoder)),
+        adapters_of_peft(encoder),
+        _hooks(linear, note),
+        encoder.precision(),
+    ):
         model.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=encoder.device), use_cache=False)
     if missing := linear.keys() - {product.name for product in products}:
         raise ModelError(

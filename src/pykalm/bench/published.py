@@ -121,7 +121,7 @@ class PublishedRecipe:
         places = torch.arange(texts.token_ids.shape[1], device=texts.mask.device)
         is_prompt = places < torch.from_numpy(answer_starts).to(places.device)[:, None]
         labels = texts.token_ids.masked_fill(is_prompt | (texts.mask == 0), IGNORED)
-        with autocast(self.encoder):
+        with self.encoder.precision():
             loss: Tensor = self.encoder.causal_lm(
                 input_ids=texts.token_ids, attention_mask=texts.mask, labels=labels, use_cache=False
             ).loss
@@ -134,17 +134,12 @@ def last_states(encoder: Encoder, texts: PaddedTexts, *, with_logits: bool) -> T
     with_logits: go through the whole causal LM, output head included, as the published code does.
     """
     arguments: dict[str, Any] = {"input_ids": texts.token_ids, "attention_mask": texts.mask, "use_cache": False}
-    with autocast(encoder):
+    with encoder.precision():
         if with_logits:
             states: Tensor = encoder.causal_lm(**arguments, output_hidden_states=True).hidden_states[-1]
         else:
             states = encoder.causal_lm.base_model(**arguments)[0]
     return states[torch.arange(len(states), device=states.device), texts.lengths - 1]
-
-
-def autocast(encoder: Encoder) -> torch.autocast:
-    """Return the precision that the encoder computes in."""
-    return torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.compute_dtype == torch.bfloat16)
 
 
 def pad_token(verbalizer: Verbalizer) -> int:

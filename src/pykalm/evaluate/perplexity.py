@@ -131,7 +131,7 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
         path[: len(window.inputs)][-len(window.targets) :] for path, window in zip(trie.paths, windows, strict=True)
     ]
     nodes, targets = np.concatenate(lasts), np.concatenate([window.targets for window in windows])
-    was_training, total = encoder.training, 0.0
+    was_training = encoder.training
 
     def read(rows: IntArray) -> float:
         group = row_group(trie, rows)
@@ -142,11 +142,10 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
     encoder.eval()
     try:
         with explained_memory("Take a smaller --window, or lower training.chunk_tokens."):
-            total += sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()))
+            return sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()))
     finally:
         give_back(encoder)
         encoder.train(was_training)
-    return total
 
 
 def _summed_log_p(encoder: Encoder, states: Tensor, places: Tensor, targets: Tensor) -> float:

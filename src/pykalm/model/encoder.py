@@ -111,13 +111,14 @@ class Encoder(nn.Module):
     def _draws_from_all(self) -> bool:
         """Return whether a pass in training moves PyTorch's own generator, by one over two tokens."""
         if self._draws is None:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_from(0), self._precision():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_from(0), self.precision():
                 before = torch.get_rng_state()
                 self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
                 self._draws = not torch.equal(torch.get_rng_state(), before)
         return self._draws
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """Return the context in which the model computes: bfloat16 by autocast, or nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def share_weights_out(self) -> None:
@@ -155,7 +156,7 @@ class Encoder(nn.Module):
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
             arguments |= {"position_ids": depths, "attention_mask": mask}
-        with self._precision():
+        with self.precision():
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
         return states[:, :width].flatten(0, 1)
 
@@ -165,7 +166,7 @@ class Encoder(nn.Module):
 
     def own_logits(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return states (T, D) of a text (T,) and the logits (T, V) that the model itself gives, whatever `logits` does."""
-        with self._precision():
+        with self.precision():
             logits: Tensor = self.causal_lm(input_ids=token_ids[None], use_cache=False).logits[0]
             states: Tensor = self.causal_lm.base_model(input_ids=token_ids[None], use_cache=False)[0][0]
         return states, logits.float()
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits (T, V) of states (T, D), with the scaling and soft-capping that some families apply."""
         config = self.causal_lm.config
-        with self._precision():
+        with self.precision():
             logits: Tensor = self.causal_lm.get_output_embeddings()(states).float()
         logits = (
             logits

@@ -57,8 +57,7 @@ def speaking(encoder: Encoder) -> Iterator[Any]:
             encoder.use_attention("sdpa")
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         encoder.eval()
-        half = encoder.compute_dtype == torch.bfloat16
-        with torch.no_grad(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad(), encoder.precision():
             yield model
     finally:
         model.generation_config = makers
