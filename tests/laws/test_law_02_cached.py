@@ -1,6 +1,6 @@
 """Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,17 @@ def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other() -> None:
         assert largest_difference(several, one) < 2e-5
 
 
+def test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_once() -> None:
+    """Two threads, dropout 0.3, chunks cut for both: with a graph of all, with two at once, and with one at a time."""
+    encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=64).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    with replaced(step, "LEAST_CHUNK_TOKENS", 16):
+        assert len(step._even_chunks(batch.trie, np.arange(len(batch.trie.row_lengths)), 64, 2)) % 2 == 0
+        (_, kept), *cached = (gradients_on(2, encoder, batch, memory_tokens=tokens) for tokens in (1 << 20, 128, 1))
+    for _, found in cached:
+        assert largest_difference(found, kept) < 2e-5
+
+
 def gradients_on(
     threads: int, encoder: Encoder, batch: Batch, **settings: Any
 ) -> tuple[StepLoss, dict[str, torch.Tensor]]:
@@ -135,7 +146,7 @@ def gradients_on(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert step.chunks_at_once(encoder) == threads
+        assert step.chunks_that_fit(encoder) == threads
         return gradients(encoder, batch, **settings)
     finally:
         torch.set_num_threads(before)
@@ -175,6 +186,23 @@ def all_threads_draw_from_one_generator() -> AbstractContextManager[None]:
     return replaced(step, "drawing_from", lambda seed: nullcontext())
 
 
+def chunks_are_cut_for_those_that_memory_lets_be_at_once() -> AbstractContextManager[None]:
+    right = step._even_chunks
+    fit = step.chunks_that_fit
+    asked: list[int] = []
+
+    def noted(encoder: Encoder, memory_tokens: int | None = None) -> int:
+        asked.append(fit(encoder, memory_tokens))
+        return asked[-1]
+
+    stack = ExitStack()
+    stack.enter_context(replaced(step, "chunks_that_fit", noted))
+    stack.enter_context(
+        replaced(step, "_even_chunks", lambda trie, rows, most, _: right(trie, rows, most, asked[-1] if asked else _))
+    )
+    return stack
+
+
 def the_last_chunk_has_its_gradient_alone() -> AbstractContextManager[None]:
     def wrong(gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
         for weight, gradient in gradients.items():
@@ -194,5 +222,8 @@ SIDE_BY_SIDE = {
     "the last chunk's gradient replaces those before": the_last_chunk_has_its_gradient_alone,
 }
 BREAKS |= SIDE_BY_SIDE
+CUT = "chunks are cut for those that memory lets be at once"
+BREAKS[CUT] = chunks_are_cut_for_those_that_memory_lets_be_at_once
+CHECKS[CUT] = "test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_once"
 CHECKS["gradients reach the wrong chunk"] = "test_gradients_are_those_of_one_graph_over_all_chunks"
 CHECKS |= dict.fromkeys(SIDE_BY_SIDE, "test_chunks_side_by_side_have_the_gradient_of_one_after_the_other")

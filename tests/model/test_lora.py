@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 
+from pykalm.learn.footprint import peak_bytes
 from pykalm.model.adapters import add_adapter
 from pykalm.model.dropout import drawing_from, dropped_places
 from pykalm.model.lora import LoraLinear
@@ -119,3 +121,36 @@ def test_only_plain_layers_are_taken_over() -> None:
 def test_a_layer_can_be_copied() -> None:
     layer, x = layer_of().eval(), torch.randn(4, WIDTH)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(0, WIDTH), (0, 3, WIDTH)])
+def test_no_rows_are_no_rows(shape: tuple[int, ...]) -> None:
+    """As an expert that got no token."""
+    x = torch.zeros(shape, requires_grad=True)
+    product = layer_of(dropout=0.5)(x)
+    assert product.shape == (*shape[:-1], layer_of().out_features)
+    product.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+
+
+def test_a_bias_that_learns_and_a_variant_added_later_are_left_to_peft() -> None:
+    layer = layer_of(family="phi")
+    layer.base_layer.bias.requires_grad_()
+    layer(torch.ones(2, WIDTH)).sum().backward()
+    assert layer.base_layer.bias.grad is not None
+    later = layer_of()
+    later.update_layer(
+        "dora", r=4, lora_alpha=6, config=LoraConfig(r=4, lora_alpha=6, use_dora=True), init_lora_weights=True
+    )
+    later.set_adapter("dora")
+    assert later._plain_adapter(torch.ones(2, WIDTH)) is None
+
+
+def test_dropped_places_are_counted_with_the_tensors_of_a_pass() -> None:
+    """int32, so 4 · p bytes an input."""
+    count, layer = 1 << 16, layer_of(dropout=0.5)
+    kept: list[object] = []
+    held = peak_bytes(lambda: kept.append(dropped_places(0.5, count)), torch.device("cpu"))
+    assert 1.9 * count < held < 2.1 * count
+    assert layer.training

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, RwkvConfig
 
 from pykalm.model.encoder import Encoder
 from pykalm.model.layers import compile_layers
-from pykalm.model.side_by_side import AHEAD, side_by_side
+from pykalm.model.side_by_side import AHEAD, _pool, side_by_side
 from tests.laws.common import tiny_encoder
 from tests.tiny_models import tiny_model
 
@@ -77,7 +78,7 @@ def test_what_nobody_takes_is_not_computed() -> None:
     done: list[int] = []
     results = side_by_side(done.append, range(100), at_once=2)
     next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(done) <= 2 * AHEAD
 
 
@@ -89,6 +90,56 @@ def test_a_model_with_a_dropout_of_its_own_takes_one_pass_at_a_time_in_training(
     assert own.train().chunks_at_once() == 1
     assert torch.equal(torch.get_rng_state(), state)
     assert tiny_encoder(dropout=0.3).train().chunks_at_once() == 4
+
+
+def test_a_model_whose_passes_change_it_takes_one_at_a_time() -> None:
+    """RWKV scales its weights in place as it is first read after training; longrope turns its frequencies with the length."""
+    config = RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=6, attention_hidden_size=32, rescale_every=1)
+    scaling = Encoder(AutoModelForCausalLM.from_config(config), source_fingerprint="", precision="fp32", packed=False)
+    assert scaling.train().eval().chunks_at_once() == 1
+    turning = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16, "factor": 32.0,
+    }  # fmt: skip
+    long = Encoder(tiny_model("llama", rope_parameters=turning), source_fingerprint="", precision="fp32")
+    assert long.chunks_at_once() == 1
+
+
+def test_gradient_checkpointing_takes_one_pass_at_a_time_in_training() -> None:
+    """The backward pass computes again, when the numbers of the pass's own generator are gone."""
+    encoder = tiny_encoder(dropout=0.3)
+    encoder.causal_lm.gradient_checkpointing_enable()
+    assert encoder.eval().chunks_at_once() == 4
+    assert encoder.train().chunks_at_once() == 1
+
+
+def test_a_dropout_that_is_turned_on_later_is_seen() -> None:
+    encoder = Encoder(tiny_model("gpt2", attn_pdrop=0.0), source_fingerprint="", precision="fp32").train()
+    assert encoder.chunks_at_once() == 4
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.1
+    assert encoder.train().chunks_at_once() == 1
+
+
+def test_threads_that_cannot_be_had_are_an_error_and_no_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five workers, of which the third cannot start, as under a limit of processes."""
+    started, start = [], threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start"):
+            _pool.__wrapped__(5, 1)
+    for thread in started[:2]:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == 4
 
 
 def test_compiled_layers_take_one_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from pykalm.errors import ModelError, UsageError
 from pykalm.evaluate.corpora import Corpus, Document
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder, Progress
+from pykalm.model.likelihood import part_of
 from pykalm.model.own_texts import first_token
 from pykalm.model.sharding import give_back
 from pykalm.model.side_by_side import side_by_side
@@ -85,7 +86,7 @@ def measure_perplexity(
     total, done, likelihood = sum(len(tokens) for _, tokens in texts), 0, 0.0
     for _, tokens in texts:
         windows = cut_windows(tokens, prefix, window=window, stride=stride)
-        for part in _parts(windows, max(1, encoder.chunk_tokens // window) * encoder.chunks_at_once()):
+        for part in _parts(windows, max(1, encoder.chunk_tokens // window) * torch.get_num_threads()):
             likelihood += log_likelihood(encoder, part)
             done += sum(len(one.targets) for one in part)
             if progress is not None:
@@ -132,25 +133,26 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
     ]
     nodes, targets = np.concatenate(lasts), np.concatenate([window.targets for window in windows])
     was_training = encoder.training
+    encoder.eval()
+    at_once = encoder.chunks_at_once()
 
     def read(rows: IntArray) -> float:
         group = row_group(trie, rows)
         which, places = group.find(nodes)
         chosen = (torch.from_numpy(part).to(encoder.device) for part in (places, targets[which]))
-        return _summed_log_p(encoder, encoder(group, shared=False), *chosen)
+        return _summed_log_p(encoder, encoder(group, shared=False), *chosen, room=part_of(LOGITS_AT_ONCE, at_once))
 
-    encoder.eval()
     try:
         with explained_memory("Take a smaller --window, or lower training.chunk_tokens."):
-            return sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()))
+            return sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=at_once))
     finally:
         give_back(encoder)
         encoder.train(was_training)
 
 
-def _summed_log_p(encoder: Encoder, states: Tensor, places: Tensor, targets: Tensor) -> float:
-    """Return Σ log p of targets (P,) under the states (rows, D) at `places` (P,), a slice of logits at a time."""
-    step = max(1, LOGITS_AT_ONCE // int(encoder.causal_lm.get_output_embeddings().weight.shape[0]))
+def _summed_log_p(encoder: Encoder, states: Tensor, places: Tensor, targets: Tensor, *, room: int) -> float:
+    """Return Σ log p of targets (P,) under the states (rows, D) at `places` (P,), with `room` for so many logits."""
+    step = max(1, room // int(encoder.causal_lm.get_output_embeddings().weight.shape[0]))
     losses = [
         F.cross_entropy(encoder.logits(states[places[start : start + step]]), targets[start : start + step], reduction="none")
         for start in range(0, len(places), step)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
-from pykalm.learn.step import chunks_at_once
+from pykalm.learn.step import chunks_that_fit
 from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
@@ -120,7 +120,7 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
     with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance(stance):
         try:
             encoder.train()
-            at_once = chunks_at_once(encoder)
+            at_once = chunks_that_fit(encoder)
             waiting = AHEAD * at_once * gradients if at_once > 1 else 0
             per_token, beside = _bytes_of_a_pass(encoder, trie)
             logits = _bytes_of_logits(encoder, builder)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,9 +18,9 @@ from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder, pooled
-from pykalm.model.likelihood import LOGITS_AT_ONCE
+from pykalm.model.likelihood import LOGITS_AT_ONCE, part_of
 from pykalm.model.sharding import is_sharded
-from pykalm.model.side_by_side import AHEAD, side_by_side
+from pykalm.model.side_by_side import AHEAD, num_workers, side_by_side
 from pykalm.processes import any_of, count, gather_rows, is_main, rank, share_out, sum_in_place
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, TokenTrie, row_group
@@ -88,7 +88,8 @@ def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings,
     """
     share = _share(encoder, batch, memory_tokens)
     seed = int(torch.randint(1 << 62, ()))
-    with torch.random.fork_rng(devices=[]):  # where a chunk draws from the generator of all, it is set for it
+    cuda = [encoder.device] if encoder.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):  # where a chunk draws from the generator of all, it is set for it
         step = _Step(
             encoder, batch, objective, share, np.random.SeedSequence(seed).generate_state(len(share.chunks)).tolist()
         )
@@ -137,10 +138,11 @@ class _Step:
         """
         chunks, written = range(len(self.share.chunks)), torch.zeros(2, device=self.encoder.device)
         if self.share.at_once > 1:
-            found = side_by_side(lambda chunk: self._gradients(chunk, at_vectors), chunks, at_once=self.share.at_once)
-            for part, gradients in found:
-                written += part
-                _add(gradients)
+            learned = side_by_side(lambda chunk: self._gradients(chunk, at_vectors), chunks, at_once=self.share.at_once)
+            with closing(learned):
+                for part, gradients in learned:
+                    written += part
+                    _add(gradients)
             return written
         whole = torch.zeros((), device=self.encoder.device)
         for chunk in chunks:
@@ -169,7 +171,7 @@ class _Step:
         chunk = self.share.chunks[number]
         states, vectors = self.kept.pop(number) if number in self.kept else self._pass(number)
         part = _written(
-            self.encoder, self.batch, states, chunk, logits_at_once=max(1, LOGITS_AT_ONCE // self.share.at_once)
+            self.encoder, self.batch, states, chunk, logits_at_once=part_of(LOGITS_AT_ONCE, self.share.at_once)
         )
         total = _weighted(part, self.objective)
         if at_vectors is not None:
@@ -179,17 +181,18 @@ class _Step:
     def _pass(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the states of a chunk and its vectors."""
         chunk, seed = self.share.chunks[number], self.seeds[number]
-        with drawing_from(seed) if self.share.at_once > 1 else nullcontext():
-            if self.share.at_once == 1:
-                torch.manual_seed(seed)
+        if self.share.at_once == 1:
+            torch.manual_seed(seed)
+        with drawing_from(seed) if self.share.at_once > 1 else nullcontext():  # the same numbers
             states = self.encoder(chunk.group, shared=self.batch.trie.shared)
         return states, _vectors(self.encoder, states, chunk)
 
 
 def _add(gradients: dict[nn.Parameter, Tensor]) -> None:
-    """Add gradients to those that the parameters have."""
+    """Add gradients to those that the parameters have. Two parameters may have got the same one, so it is copied."""
     for weight, gradient in gradients.items():
-        weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
+        first = weight.grad is None
+        weight.grad = gradient.clone(memory_format=torch.contiguous_format) if first else weight.grad.add_(gradient)  # type: ignore[union-attr]
 
 
 def _weighted(written: Tensor, objective: ObjectiveSettings) -> Tensor:
@@ -203,8 +206,9 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     owner_of_row = share_out(trie.row_lengths)
     shares = [np.flatnonzero(owner_of_row == process) for process in range(count())]
     keeps_graph = max(int(trie.row_lengths[rows].sum()) for rows in shares) <= memory_tokens
-    at_once = chunks_at_once(encoder, None if keeps_graph else memory_tokens)
-    chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, at_once) for rows in shares]
+    at_once = chunks_that_fit(encoder, None if keeps_graph else memory_tokens)
+    # Cut for all that could be at once, whether memory lets them or not: their dropout goes by chunk.
+    chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, encoder.chunks_at_once()) for rows in shares]
     groups = [row_group(trie, rows) for rows in chunked[rank()]]
     pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
     owners = owner_of_row[trie.rows_of(pooled_nodes)]
@@ -223,16 +227,18 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     )
 
 
-def chunks_at_once(encoder: Encoder, memory_tokens: int | None = None) -> int:
+def chunks_that_fit(encoder: Encoder, memory_tokens: int | None = None) -> int:
     """Return how many chunks learn at the same time, with at most memory_tokens and MOST_GRADIENT_BYTES of gradients."""
     one = AHEAD * sum(weight.numel() * weight.element_size() for weight in encoder.trainable().values())
     most = [encoder.chunks_at_once(), MOST_GRADIENT_BYTES // max(1, one)]
     most += [] if memory_tokens is None else [memory_tokens // encoder.chunk_tokens]
-    return max(1, min(most))
+    return num_workers(min(most))
 
 
 def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int) -> list[IntArray]:
     """Group rows into chunks of at most `most` tokens, with which those that are computed at once have as much to do."""
+    if not len(rows):
+        return []
     tokens = int(trie.row_lengths[rows].sum())
     wanted = at_once * math.ceil(tokens / (at_once * most))
     if at_once == 1 or tokens < wanted * LEAST_CHUNK_TOKENS:

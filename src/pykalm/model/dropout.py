@@ -18,11 +18,12 @@ _own = threading.local()
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Let dropout in this thread draw numbers of its own, a function of the seed, and leave PyTorch's generator alone."""
+    before = getattr(_own, "generator", None)
     _own.generator = torch.Generator().manual_seed(seed)
     try:
         yield
     finally:
-        del _own.generator
+        _own.generator = before
 
 
 class Dropout(nn.Module):
@@ -47,11 +48,19 @@ class Dropout(nn.Module):
 
 
 def dropped_places(p: float, count: int) -> Tensor:
-    """Return in order the places, of `count`, that dropout with probability p drops, each by itself.
+    """Return in order the places (int32), of `count`, that dropout with probability p drops, each by itself.
 
     The gaps between them are geometric, so for a small p there is little to draw.
     """
-    generator = np.random.Generator(np.random.SFC64(int(_seed())))
+    found: Tensor = _places(p, count, _seed())
+    return found
+
+
+# An operation of its own, so that what it keeps is counted with the tensors of a pass.
+@torch.library.custom_op("kalm::dropped_places", mutates_args=())
+def _places(p: float, count: int, seed: Tensor) -> Tensor:
+    """Draw `dropped_places` as a function of the seed, one number."""
+    generator = np.random.Generator(np.random.SFC64(int(seed)))
     wanted = int(count * p + 6 * math.sqrt(count * p) + 10)
     found, last = [], -1
     while last < count:
@@ -60,7 +69,7 @@ def dropped_places(p: float, count: int) -> Tensor:
         found.append(places)
         last = int(places[-1])
     places = np.concatenate(found) if len(found) > 1 else found[0]
-    return torch.from_numpy(places[: int(np.searchsorted(places, count))])
+    return torch.from_numpy(places[: int(np.searchsorted(places, count))].astype(np.int32))
 
 
 def _seed() -> Tensor:

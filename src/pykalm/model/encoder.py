@@ -3,6 +3,8 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
-from pykalm.model.layers import find_layers, is_compiled
+from pykalm.model.layers import find_layers, has_longrope, is_compiled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
@@ -57,7 +59,7 @@ class Encoder(nn.Module):
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
         self.wanted_attention, self.pooling = attention, pooling
-        self._draws: bool | None = None
+        self._moves: bool | None = None
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
@@ -101,21 +103,41 @@ class Encoder(nn.Module):
     def chunks_at_once(self) -> int:
         """Return how many chunks are computed at the same time: on a CPU one for each of PyTorch's threads.
 
-        One where layers are compiled (what is compiled holds on to Python), where weights are shared out among processes,
-        and in training where the model has a dropout of its own, whose numbers all threads would draw from one generator.
+        One where layers or attention are compiled (what is compiled holds on to Python), where weights are shared out among
+        processes, and where a pass moves what all threads share.
         """
-        if self.device.type != "cpu" or is_sharded(self) or is_compiled(self.causal_lm):
+        compiled = is_compiled(self.causal_lm) or self.attention == FLEX
+        if self.device.type != "cpu" or is_sharded(self) or compiled:
             return 1
-        return 1 if self.training and self._draws_from_all() else torch.get_num_threads()
+        return 1 if self._moves_what_is_shared() else torch.get_num_threads()
 
-    def _draws_from_all(self) -> bool:
-        """Return whether a pass in training moves PyTorch's own generator, by one over two tokens."""
-        if self._draws is None:
+    def train(self, mode: bool = True) -> "Encoder":
+        """Turn dropout on or off, as every module does."""
+        self._moves = None  # how a pass works may depend on it
+        super().train(mode)
+        return self
+
+    def _moves_what_is_shared(self) -> bool:
+        """Return whether passes in the present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
+
+        So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training,
+        and longrope, whose frequencies depend on the length of the text; and what is computed again in the backward pass
+        would draw other numbers there.
+        """
+        if self._moves is None:
+            before = self._shared_state()
             with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_from(0), self.precision():
-                before = torch.get_rng_state()
+                generator = torch.get_rng_state()
                 self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
-                self._draws = not torch.equal(torch.get_rng_state(), before)
-        return self._draws
+                draws = not torch.equal(torch.get_rng_state(), generator)
+            again = self.training and getattr(self.causal_lm, "is_gradient_checkpointing", False)
+            self._moves = draws or again or before != self._shared_state() or has_longrope(self.causal_lm)
+        return self._moves
+
+    def _shared_state(self) -> list[tuple[int, int]]:
+        """Return where all weights and buffers are, and how often each was written to."""
+        held = chain(self.causal_lm.parameters(), self.causal_lm.buffers())
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
 
     def precision(self) -> torch.autocast:
         """Return the context in which the model computes: bfloat16 by autocast, or nothing."""
@@ -240,9 +262,10 @@ class Encoder(nn.Module):
             return which, pooled(self.read(self(group, shared=trie.shared), group, places)).cpu()
 
         with failing_together():
-            for done, (which, found) in enumerate(side_by_side(vectors_of, own_chunks, at_once=self.chunks_at_once())):
-                vectors[torch.from_numpy(which)] = found
-                report(trie.num_nodes * (done + 1) // len(own_chunks))
+            with closing(side_by_side(vectors_of, own_chunks, at_once=self.chunks_at_once())) as results:
+                for done, (which, found) in enumerate(results):
+                    vectors[torch.from_numpy(which)] = found
+                    report(trie.num_nodes * (done + 1) // len(own_chunks))
             for _ in range(idle):  # all processes gather the weights for every pass
                 self(row_group(trie, chunks[0][:1]), shared=trie.shared)
         return gather_rows(vectors, owner_of_text)[torch.from_numpy(back)]

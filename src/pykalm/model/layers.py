@@ -18,6 +18,12 @@ def find_layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, stack
 
 
+def has_longrope(model: Any) -> bool:
+    """Return whether the frequencies of a model's positions change with the length of what is read."""
+    kinds = [getattr(part, "rope_type", None) for part in model.modules()]
+    return any("longrope" in (kind.values() if isinstance(kind, dict) else [kind]) for kind in kinds)
+
+
 def is_compiled(model: Any) -> bool:
     """Return whether the layers of a model are compiled."""
     return any(layer._compiled_call_impl is not None for _, stack in find_layers(model) for layer in stack)

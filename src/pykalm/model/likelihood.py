@@ -1,6 +1,8 @@
 """How likely a language model finds answers after their prompts, for many at once: one packed pass, few logits."""
 
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +84,14 @@ def _sums(encoder: Encoder, completions: Completions) -> FloatArray:
     counts = np.bincount(of_node, minlength=len(wanted))
     starts = np.cumsum(counts) - counts
 
+    at_once = encoder.chunks_at_once()
+
     def read(rows: IntArray) -> list[tuple[IntArray, FloatArray]]:
         parts = []
-        for which, states in _states(encoder, row_group(trie, rows), wanted, shared=trie.shared):
+        group = row_group(trie, rows)
+        for which, states in _states(
+            encoder, group, wanted, shared=trie.shared, at_once=part_of(LOGITS_AT_ONCE, at_once)
+        ):
             log_probabilities = encoder.logits(states).log_softmax(dim=-1)
             chosen = pairs[ranges(starts[which], counts[which])]
             row = torch.from_numpy(np.repeat(np.arange(len(which)), counts[which])).to(encoder.device)
@@ -92,20 +99,27 @@ def _sums(encoder: Encoder, completions: Completions) -> FloatArray:
             parts.append((chosen, log_probabilities[row, column].double().cpu().numpy()))
         return parts
 
-    for parts in side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=encoder.chunks_at_once()):
-        for chosen, values in parts:
+    with closing(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=at_once)) as results:
+        for chosen, values in chain.from_iterable(results):
             found[chosen] = values
     text = np.repeat(np.arange(len(completions)), completions.num_answer_tokens)
     sums: FloatArray = np.bincount(text, weights=found, minlength=len(completions)).astype(np.float64)
     return sums
 
 
-def _states(encoder: Encoder, group: RowGroup, wanted: IntArray, *, shared: bool) -> Iterator[tuple[IntArray, Tensor]]:
-    """Yield the states of the wanted nodes of a group, LOGITS_AT_ONCE at most, each with the numbers of its nodes."""
+def _states(
+    encoder: Encoder, group: RowGroup, wanted: IntArray, *, shared: bool, at_once: int
+) -> Iterator[tuple[IntArray, Tensor]]:
+    """Yield the states of the wanted nodes of a group, some at once, each with the numbers of its nodes."""
     which, places = group.find(wanted)
     states = encoder(group, shared=shared)[torch.from_numpy(places).to(encoder.device)]
-    for start in range(0, len(which), LOGITS_AT_ONCE):
-        yield which[start : start + LOGITS_AT_ONCE], states[start : start + LOGITS_AT_ONCE]
+    for start in range(0, len(which), at_once):
+        yield which[start : start + at_once], states[start : start + at_once]
+
+
+def part_of(logits: int, passes: int) -> int:
+    """Return how many logits, of those that memory has room for, each of some passes side by side may hold."""
+    return max(1, logits // passes)
 
 
 def without_last_tokens(texts: Texts) -> Texts:

@@ -20,7 +20,7 @@ class LoraLinear(lora.Linear):
     @staticmethod
     def take_over(module: nn.Module) -> None:
         """Make a layer of peft's one of these, in place, where it is a plain one."""
-        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
+        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear
 
     def give_back(self) -> None:
@@ -46,7 +46,11 @@ class LoraLinear(lora.Linear):
         active, base = self.active_adapters, self.base_layer
         if x.device.type != "cpu" or torch.compiler.is_compiling() or self.disable_adapters or self.merged:
             return None
-        if len(active) != 1 or active[0] not in self.lora_A or base.weight.requires_grad or self.lora_bias[active[0]]:
+        if len(active) != 1 or active[0] not in self.lora_A or active[0] in self.lora_variant:
+            return None
+        if self.lora_bias[active[0]] or any(
+            part.requires_grad for part in base._parameters.values() if part is not None
+        ):
             return None
         return active[0] if isinstance(self.lora_dropout[active[0]], Dropout | nn.Identity) else None
 
@@ -63,33 +67,35 @@ class _Product(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             dropped = dropped_places(p, rows.numel()) if p else None
             ctx.factor = scaling / (1 - p)
-            read = rows if dropped is None else _without(rows.clone(), dropped)
-            narrow = read @ a.to(x.dtype).T
+            narrow = _without(rows, dropped) @ a.to(x.dtype).T
             result = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             result.addmm_(narrow, (b * ctx.factor).to(x.dtype).T)
         ctx.save_for_backward(rows, dropped, narrow, weight, a, b)
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients at x, A and B."""
+        """Return the gradients at x, A and B, where they are asked for."""
         rows, dropped, narrow, weight, a, b = ctx.saved_tensors
-        above = gradient.reshape(-1, gradient.shape[-1])
+        above = gradient.reshape(-1, weight.shape[0])
         at_narrow = above @ (b * ctx.factor).to(above.dtype)
-        read = rows if dropped is None else _without(rows.clone(), dropped)
-        at_a = (at_narrow.T @ read).to(a.dtype)
-        at_b = (narrow.T @ above).T.to(b.dtype) * ctx.factor
-        at_x = None
+        at_x = at_a = at_b = None
+        if ctx.needs_input_grad[3]:
+            at_a = (at_narrow.T @ _without(rows, dropped)).to(a.dtype)
+        if ctx.needs_input_grad[4]:
+            at_b = (narrow.T @ above).T.to(b.dtype) * ctx.factor
         if ctx.needs_input_grad[0]:
             at_x = above @ weight.to(above.dtype)
-            at_x += _without(at_narrow @ a.to(above.dtype), dropped)
-            at_x = at_x.view(*gradient.shape[:-1], -1)
+            at_x += _without(at_narrow @ a.to(above.dtype), dropped, in_place=True)
+            at_x = at_x.view(*gradient.shape[:-1], weight.shape[1])
         return at_x, None, None, at_a, at_b, None, None
 
 
-def _without(values: Tensor, dropped: Tensor | None) -> Tensor:
-    """Set the numbers at the places that are dropped to 0, in place."""
-    if dropped is not None:
-        values.view(-1).index_fill_(0, dropped, 0)
-    return values
+def _without(values: Tensor, dropped: Tensor | None, *, in_place: bool = False) -> Tensor:
+    """Return the numbers with 0 at the places that are dropped."""
+    if dropped is None:
+        return values
+    kept = values if in_place else values.clone()
+    kept.view(-1).index_fill_(0, dropped.long(), 0)
+    return kept

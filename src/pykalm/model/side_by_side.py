@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
@@ -17,14 +17,15 @@ AHEAD = 2
 """Results that may wait to be taken, for each of those at work: a slow piece shall not keep the others waiting."""
 
 
-def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -> Iterator[R]:
+def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -> Generator[R]:
     """Yield work(piece) of every piece, in their order, with up to at_once of them computed at the same time.
 
     PyTorch's threads are shared out among those at work. Gradients are recorded in them where they are here; an error in
-    a piece is raised here, once no other is at work.
+    a piece is raised here, once no other is at work. Who may not come to the end closes the generator (contextlib.closing):
+    that too returns once none is at work.
     """
     threads = torch.get_num_threads()
-    workers = _workers(min(at_once, len(pieces)), threads)
+    workers = num_workers(min(at_once, len(pieces)))
     if workers <= 1:
         yield from map(work, pieces)
         return
@@ -48,8 +49,12 @@ def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -
         wait(waiting)
 
 
-def _workers(wanted: int, threads: int) -> int:
-    """Return how many work at once: one for each thread, or so few of them as a power of two, that there are few pools."""
+def num_workers(wanted: int) -> int:
+    """Return how many work at once, at most as many as wanted: as many as PyTorch has threads, or else a power of two.
+
+    A pool is kept for every number of workers, so there shall be few such numbers.
+    """
+    threads = torch.get_num_threads()
     return threads if wanted >= threads else 1 << max(0, wanted.bit_length() - 1)
 
 
@@ -64,10 +69,16 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     pool = ThreadPoolExecutor(workers, "kalm pass", initializer=take_threads)
-    for _ in range(workers):
-        pool.submit(lambda: None)
-    ready.wait()
-    torch.set_num_threads(before)  # what a worker set would be handed to all new threads
+    try:
+        for _ in range(workers):
+            pool.submit(lambda: None)
+        ready.wait()
+    except BaseException:  # a thread that cannot be had, or an interrupt: let none wait forever
+        ready.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)  # what a worker set would be handed to all new threads
     return pool
 
 
