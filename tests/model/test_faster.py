@@ -54,6 +54,26 @@ def test_attention_by_products_equals_the_fused_kernel_with_grouped_heads_and_a_
     assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [31, 32, 40, 41, 63, 122])
+def test_keys_that_fill_vectors_up_are_seen_by_none(length: int) -> None:
+    """In bfloat16, vectors and gradients, within its rounding of float32, in which nothing is filled up."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    sees = torch.rand(2, 1, length, length, generator=generator) < 0.3
+    sees |= torch.eye(length, dtype=torch.bool)
+    module, results = torch.nn.Linear(1, 1).eval(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [part.to(dtype).requires_grad_() for part in given]
+        added = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+        found, _ = matmul_attention(module, *inputs, added, scaling=0.3)
+        gradients_found = torch.autograd.grad(found.float().square().sum(), inputs)
+        results.append([found.detach(), *gradients_found])
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.shape == exact.shape
+        assert float((rounded.float() - exact).norm() / exact.norm()) < 0.02
+
+
 def test_attention_by_products_stays_finite_where_padding_at_the_left_sees_nothing() -> None:
     """Float32 weights computed in bfloat16: the mask that transformers makes is float32, and its least number is none there."""
     model = tiny_model("llama").eval()

@@ -10,6 +10,10 @@ from pykalm.bench.plan import BATCHINGS, Workshop
 from pykalm.bench.timing import Spread, interleaved, paired_ratio
 from pykalm.bench.training import KalmSystem
 
+WARMUPS = 3
+"""Steps before those that count. On a CPU each thread holds what its chunks keep; until each has held the most that may come
+to it, memory is asked of the system, page by page: 20 % of a first step (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class Utilisation:
@@ -32,7 +36,7 @@ def measure_utilisation(workshop: Workshop, graph: str) -> Utilisation:
     def peak(number: int) -> float:
         return matmul_peak(device, width=run.encoder.width, dtype=run.encoder.compute_dtype)
 
-    timed = interleaved({**systems, "peak": peak}, repeats=workshop.plan.repeats, device=device)
+    timed = interleaved({**systems, "peak": peak}, repeats=workshop.plan.repeats, device=device, warmups=WARMUPS)
     peaks = [call.value for call in timed["peak"]]
     flops = {
         batching: [useful_flops(cost, step.value.batch) / step.seconds for step in timed[batching]]

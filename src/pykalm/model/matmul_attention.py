@@ -14,6 +14,9 @@ from transformers.masking_utils import eager_mask
 
 NAME = "kalm_matmul"
 
+LANES = 32
+"""Numbers in bfloat16 that softmax reads at once; those beyond whole vectors it reads one by one, which can double its time."""
+
 # What some families hand to their attention that changes its result, and that is not computed here.
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "sinks")
 
@@ -40,6 +43,8 @@ def matmul_attention(
     groups = key.shape[1]
     longer = heads // groups * length
     scale = width**-0.5 if scaling is None else scaling
+    if attention_mask is not None and key.dtype == torch.bfloat16:
+        key, value, attention_mask = _whole_vectors(key, value, attention_mask)
     keys, values = (part.reshape(rows * groups, part.shape[2], part.shape[3]) for part in (key, value))
     scores = torch.bmm((query * scale).reshape(rows * groups, longer, width), keys.transpose(1, 2))
     scores = scores.view(rows, heads, length, -1)
@@ -52,6 +57,16 @@ def matmul_attention(
     weights = F.dropout(weights, p=dropout, training=module.training)
     mixed = torch.bmm(weights.view(rows * groups, longer, -1), values)
     return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def _whole_vectors(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add keys that nothing sees, up to whole vectors of LANES, to rows of a vector at least with more than a quarter over."""
+    over = key.shape[2] % LANES
+    if key.shape[2] < LANES or over <= LANES // 4:
+        return key, value, mask
+    more = LANES - over
+    hidden = F.pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
+    return F.pad(key, (0, 0, 0, more)), F.pad(value, (0, 0, 0, more)), hidden
 
 
 AttentionInterface.register(NAME, matmul_attention)
