@@ -49,7 +49,7 @@ class AdapterSettings(Settings):
         0.0,
         ge=0,
         lt=1,
-        description="Share of adapter inputs dropped in training (paper: 0.05, which costs a tenth of a step on a CPU).",
+        description="Share of adapter inputs dropped in training (paper: 0.05).",
     )
     targets: Literal["auto", "mlp"] | tuple[str, ...] = Field(
         "auto",
