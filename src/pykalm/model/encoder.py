@@ -17,7 +17,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
-from pykalm.model.layers import find_layers, has_longrope, is_compiled
+from pykalm.model.layers import computing_in, find_layers, has_longrope, is_compiled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
 
     def precision(self) -> torch.autocast:
         """Return the context in which the model computes: bfloat16 by autocast, or nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+        return computing_in(self.compute_dtype, self.device)
 
     def share_weights_out(self) -> None:
         """Let every process hold a part of the weights only, whose gradients and vectors stay the same (FSDP)."""

@@ -24,6 +24,11 @@ def has_longrope(model: Any) -> bool:
     return any("longrope" in (kind.values() if isinstance(kind, dict) else [kind]) for kind in kinds)
 
 
+def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return the context in which a model computes: bfloat16 by autocast, or that of its weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def is_compiled(model: Any) -> bool:
     """Return whether the layers of a model are compiled."""
     return any(layer._compiled_call_impl is not None for _, stack in find_layers(model) for layer in stack)
@@ -40,7 +45,7 @@ def compile_layers(model: Any, dtype: torch.dtype) -> None:
             layer.compile(dynamic=True)
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad(), computing_in(dtype, device):
             model.base_model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=device), use_cache=False)
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]

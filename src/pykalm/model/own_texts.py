@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from pykalm.errors import ModelError, RunError
 from pykalm.files import replace_file
 from pykalm.memory import explained_memory, is_out_of_memory
+from pykalm.model.layers import computing_in
 from pykalm.text.texts import IntArray, Texts, starts_of
 
 NUM_TEXTS = 128
@@ -127,7 +128,7 @@ def write_own_texts(
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
     device, was_training = causal_lm.device, causal_lm.training
-    half = torch.autocast(device.type, torch.bfloat16, enabled=next(causal_lm.parameters()).dtype == torch.bfloat16)
+    half = computing_in(next(causal_lm.parameters()).dtype, device)
     causal_lm.eval()
     try:
         with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
