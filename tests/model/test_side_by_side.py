@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, RwkvConfig
@@ -102,7 +103,10 @@ def test_a_model_whose_passes_change_it_takes_one_at_a_time() -> None:
         "original_max_position_embeddings": 16, "factor": 32.0,
     }  # fmt: skip
     long = Encoder(tiny_model("llama", rope_parameters=turning), source_fingerprint="", precision="fp32")
-    assert long.chunks_at_once() == 1
+    for length in (2, 24, 2):  # from one side of 16 to the other
+        long.eval()
+        assert long.chunks_at_once() == 1
+        long.embed([np.arange(3, 3 + length)])
 
 
 def test_gradient_checkpointing_takes_one_pass_at_a_time_in_training() -> None:
@@ -111,6 +115,17 @@ def test_gradient_checkpointing_takes_one_pass_at_a_time_in_training() -> None:
     encoder.causal_lm.gradient_checkpointing_enable()
     assert encoder.eval().chunks_at_once() == 4
     assert encoder.train().chunks_at_once() == 1
+
+
+def test_one_chunk_is_computed_without_a_try_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether passes go side by side is tried by a pass of its own, which a single text shall not wait for."""
+    encoder, tried = tiny_encoder(), []
+    monkeypatch.setattr(Encoder, "_moves_what_is_shared", lambda self: bool(tried.append(self)))
+    encoder.embed([np.arange(3, 9)])
+    assert encoder.chunks_at_once(of=1) == 1
+    assert not tried
+    assert encoder.chunks_at_once(of=2) == 4
+    assert tried
 
 
 def test_a_dropout_that_is_turned_on_later_is_seen() -> None:

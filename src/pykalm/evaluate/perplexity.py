@@ -134,7 +134,8 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
     nodes, targets = np.concatenate(lasts), np.concatenate([window.targets for window in windows])
     was_training = encoder.training
     encoder.eval()
-    at_once = encoder.chunks_at_once()
+    chunks = trie.chunks(encoder.chunk_tokens)
+    at_once = encoder.chunks_at_once(len(chunks))
 
     def read(rows: IntArray) -> float:
         group = row_group(trie, rows)
@@ -144,7 +145,7 @@ def log_likelihood(encoder: Encoder, windows: Sequence[Window]) -> float:
 
     try:
         with explained_memory("Take a smaller --window, or lower training.chunk_tokens."):
-            return sum(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=at_once))
+            return sum(side_by_side(read, chunks, at_once=at_once))
     finally:
         give_back(encoder)
         encoder.train(was_training)

@@ -17,7 +17,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
-from pykalm.model.layers import computing_in, find_layers, has_longrope, is_compiled
+from pykalm.model.layers import computing_in, find_layers, is_compiled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
@@ -100,14 +100,14 @@ class Encoder(nn.Module):
             return [FLEX] if is_made_for_it and not is_sharded(self) else []  # its check asks for plain gradients
         return [MATMUL_ATTENTION] if self.device.type == "cpu" and self.wanted_attention == "auto" else []
 
-    def chunks_at_once(self) -> int:
-        """Return how many chunks are computed at the same time: on a CPU one for each of PyTorch's threads.
+    def chunks_at_once(self, of: int | None = None) -> int:
+        """Return how many chunks, of so many, are computed at the same time: on a CPU one for each of PyTorch's threads.
 
         One where layers or attention are compiled (what is compiled holds on to Python), where weights are shared out among
         processes, and where a pass moves what all threads share.
         """
         compiled = is_compiled(self.causal_lm) or self.attention == FLEX
-        if self.device.type != "cpu" or is_sharded(self) or compiled:
+        if of in (0, 1) or self.device.type != "cpu" or is_sharded(self) or compiled:
             return 1
         return 1 if self._moves_what_is_shared() else torch.get_num_threads()
 
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         """Return whether passes in the present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
 
         So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training,
-        and longrope, whose frequencies depend on the length of the text; and what is computed again in the backward pass
+        and longrope, which sets its frequencies by the length of each text; and what is computed again in the backward pass
         would draw other numbers there.
         """
         if self._moves is None:
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
                 self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
                 draws = not torch.equal(torch.get_rng_state(), generator)
             again = self.training and getattr(self.causal_lm, "is_gradient_checkpointing", False)
-            self._moves = draws or again or before != self._shared_state() or has_longrope(self.causal_lm)
+            self._moves = draws or again or before != self._shared_state()
         return self._moves
 
     def _shared_state(self) -> list[tuple[int, int]]:
@@ -262,7 +262,8 @@ class Encoder(nn.Module):
             return which, pooled(self.read(self(group, shared=trie.shared), group, places)).cpu()
 
         with failing_together():
-            with closing(side_by_side(vectors_of, own_chunks, at_once=self.chunks_at_once())) as results:
+            at_once = self.chunks_at_once(len(own_chunks))
+            with closing(side_by_side(vectors_of, own_chunks, at_once=at_once)) as results:
                 for done, (which, found) in enumerate(results):
                     vectors[torch.from_numpy(which)] = found
                     report(trie.num_nodes * (done + 1) // len(own_chunks))

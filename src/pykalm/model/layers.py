@@ -18,12 +18,6 @@ def find_layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, stack
 
 
-def has_longrope(model: Any) -> bool:
-    """Return whether the frequencies of a model's positions change with the length of what is read."""
-    kinds = [getattr(part, "rope_type", None) for part in model.modules()]
-    return any("longrope" in (kind.values() if isinstance(kind, dict) else [kind]) for kind in kinds)
-
-
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the context in which a model computes: bfloat16 by autocast, or that of its weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

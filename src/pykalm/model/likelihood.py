@@ -84,7 +84,8 @@ def _sums(encoder: Encoder, completions: Completions) -> FloatArray:
     counts = np.bincount(of_node, minlength=len(wanted))
     starts = np.cumsum(counts) - counts
 
-    at_once = encoder.chunks_at_once()
+    chunks = trie.chunks(encoder.chunk_tokens)
+    at_once = encoder.chunks_at_once(len(chunks))
 
     def read(rows: IntArray) -> list[tuple[IntArray, FloatArray]]:
         parts = []
@@ -99,7 +100,7 @@ def _sums(encoder: Encoder, completions: Completions) -> FloatArray:
             parts.append((chosen, log_probabilities[row, column].double().cpu().numpy()))
         return parts
 
-    with closing(side_by_side(read, trie.chunks(encoder.chunk_tokens), at_once=at_once)) as results:
+    with closing(side_by_side(read, chunks, at_once=at_once)) as results:
         for chosen, values in chain.from_iterable(results):
             found[chosen] = values
     text = np.repeat(np.arange(len(completions)), completions.num_answer_tokens)
