@@ -12,7 +12,7 @@ from pykalm.bench.training import KalmSystem
 
 WARMUPS = 3
 """Steps before those that count. On a CPU each thread holds what its chunks keep; until each has held the most that may come
-to it, memory is asked of the system, page by page: 20 % of a first step (docs/log.md)."""
+to it, memory is asked of the system, page by page: over a third of a first step's processor time (docs/log.md)."""
 
 
 @dataclass(frozen=True)
