@@ -27,9 +27,9 @@ from pykalm.learn.state import STATE_FILE
 from pykalm.learn.tracking import require_trackers
 from pykalm.learn.train import StepReport, Trainer
 from pykalm.memory import explained_memory, format_size
+from pykalm.model.compiled import compile_layers
 from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
-from pykalm.model.layers import compile_layers
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, load_baseline, load_run, new_run, read_run_config, reopen_run
 from pykalm.processes import any_of, failing_together, gather, holding, join, on_main
@@ -79,7 +79,7 @@ def train(
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
         if config.training.compile:
-            compile_layers(run.encoder.causal_lm, run.encoder.compute_dtype)
+            compile_layers(run.encoder)
         _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
 

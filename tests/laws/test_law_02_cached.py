@@ -1,9 +1,11 @@
 """Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
 
+import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from pykalm.config import ObjectiveSettings
@@ -11,6 +13,7 @@ from pykalm.learn import step
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.model.compiled import compile_layers
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.text.trie import row_group
 from tests.laws.common import (
@@ -138,6 +141,20 @@ def test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_o
         (_, kept), *cached = (gradients_on(2, encoder, batch, memory_tokens=tokens) for tokens in (1 << 20, 256, 1))
     for _, found in cached:
         assert largest_difference(found, kept) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_compiled_layers_have_the_gradients_of_plain_ones_with_dropout_cached_and_side_by_side() -> None:
+    """The same dropout, whatever the order in which what is compiled draws it. Fused operations round otherwise, below 1e-4."""
+    encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=64).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    plain_loss, plain = gradients_on(1, encoder, batch)
+    compile_layers(encoder)
+    for threads, memory_tokens in ((1, 1 << 20), (1, 1), (2, 1 << 20), (2, 2 * encoder.chunk_tokens)):
+        loss, compiled = gradients_on(threads, encoder, batch, memory_tokens=memory_tokens)
+        assert abs(loss.total - plain_loss.total) < 1e-5
+        assert largest_difference(compiled, plain) < 1e-4
 
 
 def gradients_on(

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pykalm.errors import ModelError
-from pykalm.model import layers
+from pykalm.model import compiled
+from pykalm.model.compiled import compile_layers
 from pykalm.model.dropout import Dropout
-from pykalm.model.layers import compile_layers, find_layers
+from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME, matmul_attention
 from pykalm.text.trie import row_group
 from tests.laws.common import build_batch, gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
@@ -113,7 +114,7 @@ def test_compiled_layers_give_the_same_gradients() -> None:
     encoder = tiny_encoder(row_tokens=48).train()
     batch = build_batch(encoder, tiny_verbalizer(tiny_graph()))
     plain_loss, plain = gradients(encoder, batch)
-    compile_layers(encoder.causal_lm, torch.float32)
+    compile_layers(encoder)
     loss, compiled = gradients(encoder, batch)
     assert abs(loss.total - plain_loss.total) < 1e-5
     assert largest_difference(compiled, plain) < 1e-4
@@ -135,18 +136,19 @@ def test_compiled_dropout_is_a_function_of_the_seed() -> None:
 
 
 def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
-        raise layers.TorchDynamoException("no working C++ compiler found")
+    def refuse(*_: object) -> None:
+        raise compiled.TorchDynamoException("no working C++ compiler found")
 
-    encoder = tiny_encoder()
-    monkeypatch.setattr(encoder.causal_lm.base_model, "forward", refuse)
+    encoder = tiny_encoder().train()
+    monkeypatch.setattr(compiled, "_pass_and_gradient", refuse)
     with pytest.raises(
         ModelError, match=r"training\.compile: wanted to compile.*no working C\+\+.*training\.compile=false"
     ):
-        compile_layers(encoder.causal_lm, torch.float32)
+        compile_layers(encoder)
+    assert encoder.training
 
 
 def test_compilation_is_tried_in_the_precision_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters are float32 beside weights in bfloat16: outside autocast they do not go together."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    compile_layers(tiny_encoder(precision="bf16").causal_lm, torch.bfloat16)
+    compile_layers(tiny_encoder(precision="bf16"))

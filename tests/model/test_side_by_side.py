@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, RwkvConfig
 
 from pykalm.model.encoder import Encoder
-from pykalm.model.layers import compile_layers
 from pykalm.model.side_by_side import AHEAD, _pool, side_by_side
 from tests.laws.common import tiny_encoder
 from tests.tiny_models import tiny_model
@@ -155,10 +154,3 @@ def test_threads_that_cannot_be_had_are_an_error_and_no_deadlock(monkeypatch: py
         thread.join(10)
         assert not thread.is_alive()
     assert torch.get_num_threads() == 4
-
-
-def test_compiled_layers_take_one_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = tiny_encoder()
-    monkeypatch.setattr(encoder.causal_lm.base_model, "forward", lambda **_: None)
-    compile_layers(encoder.causal_lm, torch.float32)
-    assert encoder.chunks_at_once() == 1

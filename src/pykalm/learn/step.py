@@ -182,8 +182,9 @@ class _Step:
         """Return the states of a chunk and its vectors."""
         chunk, seed = self.share.chunks[number], self.seeds[number]
         if self.share.at_once == 1:
-            torch.manual_seed(seed)
-        with drawing_from(seed) if self.share.at_once > 1 else nullcontext():  # the same numbers
+            torch.manual_seed(seed)  # of a dropout of the model's own, and of a GPU's
+        # What is computed again in the backward pass finds PyTorch's own generator as it was, and no other.
+        with nullcontext() if self.encoder.computes_again else drawing_from(seed):
             states = self.encoder(chunk.group, shared=self.batch.trie.shared)
         return states, _vectors(self.encoder, states, chunk)
 

@@ -2,8 +2,10 @@
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,27 +17,49 @@ LEVELS = 1 << 16
 _own = threading.local()
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """Hold what a thread's dropout is drawn from, and how often each module has drawn."""
+
+    seed: int
+    times: Counter[int] = field(default_factory=Counter)
+
+    def of(self, number: int) -> np.random.SFC64:
+        """Return the random numbers of the next call of the module of that number."""
+        self.times[number] += 1
+        return np.random.SFC64(np.random.SeedSequence([self.seed, number, self.times[number]]))
+
+
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Let dropout in this thread draw numbers of its own, a function of the seed, and leave PyTorch's generator alone."""
-    before = getattr(_own, "generator", None)
-    _own.generator = torch.Generator().manual_seed(seed)
+    """Let dropout in this thread draw numbers of its own, and leave PyTorch's generator alone.
+
+    They are a function of the seed, the module's number, and how often it was called: not of the order in which modules are
+    computed, which is a compiler's to choose.
+    """
+    before = getattr(_own, "drawing", None)
+    _own.drawing = _Drawing(seed)
     try:
         yield
     finally:
-        _own.generator = before
+        _own.drawing = before
 
 
 class Dropout(nn.Module):
     """Set a share of the inputs to 0 in training and scale the others up, as nn.Dropout does.
 
-    On a CPU the numbers are 16 random bits an element, of a generator that PyTorch's own, or that of `drawing_from`, seeds
-    anew at every call; the share is p rounded to one in 65,536. Elsewhere this is nn.Dropout.
+    On a CPU the numbers are 16 random bits an element, of a generator that PyTorch's own, or `drawing_from`, seeds anew at
+    every call; the share is p rounded to one in 65,536. Elsewhere this is nn.Dropout. number: tells the modules of a model
+    apart.
     """
 
-    def __init__(self, p: float) -> None:
+    number: Tensor
+
+    def __init__(self, p: float, number: int = 0) -> None:
         super().__init__()
         self.p = p
+        # A tensor, so that layers which differ in it alone are compiled once.
+        self.register_buffer("number", torch.tensor(number), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with some elements 0 and the others divided by the share that is kept."""
@@ -43,24 +67,16 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         factors = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(random_bits(x.numel(), _seed()).view(x.shape), dropped - LEVELS // 2, out=factors)
+        torch.ge(random_bits(x.numel(), self.number).view(x.shape), dropped - LEVELS // 2, out=factors)
         return x * factors.mul_(LEVELS / (LEVELS - dropped))
 
 
-def dropped_places(p: float, count: int) -> Tensor:
+def dropped_places(p: float, count: int, number: int = 0) -> Tensor:
     """Return in order the places (int32), of `count`, that dropout with probability p drops, each by itself.
 
     The gaps between them are geometric, so for a small p there is little to draw.
     """
-    found: Tensor = _places(p, count, _seed())
-    return found
-
-
-# An operation of its own, so that what it keeps is counted with the tensors of a pass.
-@torch.library.custom_op("kalm::dropped_places", mutates_args=())
-def _places(p: float, count: int, seed: Tensor) -> Tensor:
-    """Draw `dropped_places` as a function of the seed, one number."""
-    generator = np.random.Generator(np.random.SFC64(int(seed)))
+    generator = np.random.Generator(_bits(number))
     wanted = int(count * p + 6 * math.sqrt(count * p) + 10)
     found, last = [], -1
     while last < count:
@@ -72,22 +88,21 @@ def _places(p: float, count: int, seed: Tensor) -> Tensor:
     return torch.from_numpy(places[: int(np.searchsorted(places, count))].astype(np.int32))
 
 
-def _seed() -> Tensor:
-    """Draw a seed from the generator of this thread, or PyTorch's own."""
-    # A compiler sees one thread only, and would not understand another's generator.
-    generator = None if torch.compiler.is_compiling() else getattr(_own, "generator", None)
-    return torch.randint(1 << 62, (), generator=generator)
-
-
-# An operation of its own, which compiled code calls as it is. With an argument of its own, so that no two calls look alike.
+# An operation of its own, which compiled code calls as it is. Modules differ in their number, so no two calls look alike.
 @torch.library.custom_op("kalm::random_bits", mutates_args=())
-def random_bits(count: int, seed: Tensor) -> Tensor:
-    """Return `count` random int16 numbers, every one as likely: a function of the seed, one number."""
-    generator = np.random.Generator(np.random.SFC64(int(seed)))
+def random_bits(count: int, number: Tensor) -> Tensor:
+    """Return `count` random int16 numbers, every one as likely, for the module of a number."""
+    generator = np.random.Generator(_bits(int(number)))
     words = generator.integers(1 << 64, size=-(-count // 4), dtype=np.uint64).view(np.int16)
     return torch.from_numpy(words if len(words) == count else words[:count].copy())
 
 
 @random_bits.register_fake
-def _(count: int, seed: Tensor) -> Tensor:
+def _(count: int, number: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.int16)
+
+
+def _bits(number: int) -> np.random.SFC64:
+    """Return random numbers for the next call of a module in this thread, or from PyTorch's own generator."""
+    drawing: _Drawing | None = getattr(_own, "drawing", None)
+    return np.random.SFC64(int(torch.randint(1 << 62, ()))) if drawing is None else drawing.of(number)

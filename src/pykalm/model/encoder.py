@@ -17,7 +17,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
-from pykalm.model.layers import computing_in, find_layers, is_compiled
+from pykalm.model.layers import computing_in, find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
@@ -103,11 +103,10 @@ class Encoder(nn.Module):
     def chunks_at_once(self, of: int | None = None) -> int:
         """Return how many chunks, of so many, are computed at the same time: on a CPU one for each of PyTorch's threads.
 
-        One where layers or attention are compiled (what is compiled holds on to Python), where weights are shared out among
-        processes, and where a pass moves what all threads share.
+        One where attention is compiled (FlexAttention holds on to Python), where weights are shared out among processes, and
+        where a pass moves what all threads share.
         """
-        compiled = is_compiled(self.causal_lm) or self.attention == FLEX
-        if of in (0, 1) or self.device.type != "cpu" or is_sharded(self) or compiled:
+        if of in (0, 1) or self.device.type != "cpu" or is_sharded(self) or self.attention == FLEX:
             return 1
         return 1 if self._moves_what_is_shared() else torch.get_num_threads()
 
@@ -116,6 +115,11 @@ class Encoder(nn.Module):
         self._moves = None  # how a pass works may depend on it
         super().train(mode)
         return self
+
+    @property
+    def computes_again(self) -> bool:
+        """Return whether the backward pass computes layers again, with the numbers that dropout drew."""
+        return self.training and bool(getattr(self.causal_lm, "is_gradient_checkpointing", False))
 
     def _moves_what_is_shared(self) -> bool:
         """Return whether passes in the present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
@@ -126,12 +130,17 @@ class Encoder(nn.Module):
         """
         if self._moves is None:
             before = self._shared_state()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_from(0), self.precision():
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                drawing_from(0),
+                self.precision(),
+                torch.compiler.set_stance("force_eager"),  # nothing is compiled for two tokens
+            ):
                 generator = torch.get_rng_state()
                 self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
                 draws = not torch.equal(torch.get_rng_state(), generator)
-            again = self.training and getattr(self.causal_lm, "is_gradient_checkpointing", False)
-            self._moves = draws or again or before != self._shared_state()
+            self._moves = draws or self.computes_again or before != self._shared_state()
         return self._moves
 
     def _shared_state(self) -> list[tuple[int, int]]:
@@ -198,11 +207,8 @@ class Encoder(nn.Module):
         config = self.causal_lm.config
         with self.precision():
             logits: Tensor = self.causal_lm.get_output_embeddings()(states).float()
-        logits = (
-            logits
-            * float(getattr(config, "logit_scale", None) or 1)
-            / float(getattr(config, "logits_scaling", None) or 1)
-        )
+        scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+        logits = logits if scale == 1 else logits * scale  # a row of logits is long, and kept for the backward pass
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -1,12 +1,12 @@
 """LoRA's product with less traffic: on a CPU the adapters' many small steps cost as much as an eighth of all the weights."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pykalm.model.dropout import Dropout, dropped_places
 
@@ -34,17 +34,18 @@ class LoraLinear(lora.Linear):
             result: Tensor = super().forward(x, *args, **options)
             return result
         dropout, base = self.lora_dropout[name], self.base_layer
+        p, number = (dropout.p, dropout.number) if isinstance(dropout, Dropout) and dropout.training else (0.0, None)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name],
-            dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0,
-        )  # fmt: skip
+        product: Tensor = _product(
+            x.to(dtype), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, number,
+            float(self.scaling[name]) / (1 - p), float(p),
+        )[0]  # fmt: skip
         return product
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """Return the one adapter at work, or None where the product is left to peft."""
         active, base = self.active_adapters, self.base_layer
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or self.disable_adapters or self.merged:
+        if x.device.type != "cpu" or self.disable_adapters or self.merged:
             return None
         if len(active) != 1 or active[0] not in self.lora_A or active[0] in self.lora_variant:
             return None
@@ -55,47 +56,94 @@ class LoraLinear(lora.Linear):
         return active[0] if isinstance(self.lora_dropout[active[0]], Dropout | nn.Identity) else None
 
 
-class _Product(torch.autograd.Function):
-    """The product and its gradients at x, A and B. Of dropout the places are kept that it drops."""
+# Operations of their own, which compiled code calls as they are, and whose results are counted with the tensors of a pass.
+@torch.library.custom_op("kalm::lora_product", mutates_args=())
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the product (..., out) in the dtype of x, in which all is computed, and what its gradient needs.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float
-    ) -> Tensor:
-        """Return the product (..., out) in the dtype of x, in which all is computed."""
-        with torch.autocast("cpu", enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
-            dropped = dropped_places(p, rows.numel()) if p else None
-            ctx.factor = scaling / (1 - p)
-            narrow = _without(rows, dropped) @ a.to(x.dtype).T
-            result = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            result.addmm_(narrow, (b * ctx.factor).to(x.dtype).T)
-        ctx.save_for_backward(rows, dropped, narrow, weight, a, b)
-        return result.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients at x, A and B, where they are asked for."""
-        rows, dropped, narrow, weight, a, b = ctx.saved_tensors
-        above = gradient.reshape(-1, weight.shape[0])
-        at_narrow = above @ (b * ctx.factor).to(above.dtype)
-        at_x = at_a = at_b = None
-        if ctx.needs_input_grad[3]:
-            at_a = (at_narrow.T @ _without(rows, dropped)).to(a.dtype)
-        if ctx.needs_input_grad[4]:
-            at_b = (narrow.T @ above).T.to(b.dtype) * ctx.factor
-        if ctx.needs_input_grad[0]:
-            at_x = above @ weight.to(above.dtype)
-            at_x += _without(at_narrow @ a.to(above.dtype), dropped, in_place=True)
-            at_x = at_x.view(*gradient.shape[:-1], weight.shape[1])
-        return at_x, None, None, at_a, at_b, None, None
+    That is dropout(x) · Aᵀ without its scale (N, r), and the places that dropout, of the module of that number, drops.
+    """
+    with torch.autocast("cpu", enabled=False):
+        rows = x.reshape(-1, x.shape[-1])
+        drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
+        places = _filled_up(drawn, rows.numel(), p)
+        narrow = _without(rows, places) @ a.to(x.dtype).T
+        result = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        result.addmm_(narrow, (b * factor).to(x.dtype).T)
+    return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
-def _without(values: Tensor, dropped: Tensor | None, *, in_place: bool = False) -> Tensor:
+@_product.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = x.numel() // x.shape[-1]
+    places = torch.empty(0 if number is None else _most_places(x.numel(), p), dtype=torch.int32)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count, a.shape[0]), places
+
+
+@torch.library.custom_op("kalm::lora_gradients", mutates_args=())
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
+    at_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients at x (empty unless it is asked for), A and B."""
+    with torch.autocast("cpu", enabled=False):
+        rows, above = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, len(weight))
+        at_narrow = above @ (b * factor).to(above.dtype)
+        at_a = (at_narrow.T @ _without(rows, places)).to(a.dtype)
+        at_b = ((narrow.T @ above).T.to(b.dtype) * factor).contiguous()
+        if not at_input:
+            return x.new_empty(0), at_a, at_b
+        at_x = above @ weight.to(above.dtype)
+        at_x += _without(at_narrow @ a.to(above.dtype), places, in_place=True)
+    return at_x.view(x.shape), at_a, at_b
+
+
+@_gradients.register_fake
+def _(
+    gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
+    at_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape if at_input else 0), torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, a, b, _, ctx.factor, _ = inputs
+    ctx.save_for_backward(x, weight, a, b, *output[1:])
+
+
+def _backward(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients at x, A and B, where they are asked for."""
+    at_input = bool(ctx.needs_input_grad[0])
+    at_x, at_a, at_b = _gradients(gradient, *ctx.saved_tensors, ctx.factor, at_input)
+    return at_x if at_input else None, None, None, at_a, at_b, None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+def _most_places(count: int, p: float) -> int:
+    """Return more than as many as dropout with probability p drops of `count`, by eight deviations at least."""
+    return count * (math.ceil(64 * p) + 1) // 64 + 256
+
+
+def _filled_up(places: Tensor, count: int, p: float) -> Tensor:
+    """Return the places in a tensor as long as always for that count, which compiled code wants to know; last, how many."""
+    if not p:
+        return places
+    filled = torch.zeros(_most_places(count, p), dtype=torch.int32)
+    filled[: len(places)] = places
+    filled[-1] = len(places)
+    return filled
+
+
+def _without(values: Tensor, filled: Tensor, *, in_place: bool = False) -> Tensor:
     """Return the numbers with 0 at the places that are dropped."""
-    if dropped is None:
+    if not len(filled):
         return values
     kept = values if in_place else values.clone()
-    kept.view(-1).index_fill_(0, dropped.long(), 0)
+    kept.view(-1).index_fill_(0, filled[: int(filled[-1])].long(), 0)
     return kept

@@ -1,0 +1,74 @@
+"""Compiled layers: torch.compile fuses what stands between the products of a layer, for rows of any number and length."""
+
+from contextlib import closing
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
+
+from pykalm.errors import ModelError
+from pykalm.model.dropout import drawing_from
+from pykalm.model.encoder import Encoder
+from pykalm.model.layers import find_layers
+from pykalm.model.side_by_side import side_by_side
+from pykalm.text.trie import RowGroup, build_trie, row_group
+
+FORMS = 64
+"""Forms of a layer that are compiled when they are met; by default eight, and others are left slow. With and without gradient,
+dropout, a mask, an input that learns, one row and more, these come to more."""
+
+
+def compile_layers(encoder: Encoder) -> None:
+    """Let torch.compile fuse the work of each layer, and try it, with gradients and without, as a training will call it.
+
+    Layers are alike, so one is compiled for all; the threads that compute chunks side by side share what is compiled, for one
+    thread each. Raises ModelError where this machine cannot compile.
+    """
+    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+    for _, stack in find_layers(encoder.causal_lm):
+        for layer in stack:
+            layer.compile(dynamic=True)
+    was_training, at_once = encoder.training, encoder.train().chunks_at_once()
+    group, one_at_a_time = _two_rows(encoder), Lock()
+
+    def attempt(_: int) -> None:
+        with one_at_a_time:  # or each would compile for itself
+            _pass_and_gradient(encoder, group)
+
+    try:
+        with (
+            torch.random.fork_rng(devices=[encoder.device] if encoder.device.type == "cuda" else []),
+            torch.enable_grad(),
+            closing(side_by_side(attempt, range(at_once), at_once=at_once)) as attempts,
+        ):
+            list(attempts)
+    except (TorchDynamoException, InductorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"training.compile: wanted to compile {type(encoder.causal_lm).__name__}, found {type(error).__name__}: {reason} A "
+            "CPU needs a C++ compiler (on Debian or Ubuntu: apt install g++). Install one, or set training.compile=false: "
+            "same result, slower."
+        ) from error
+    finally:
+        encoder.train(was_training)
+
+
+def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:
+    """Read rows without and with a gradient, and compute it, in train mode."""
+    with drawing_from(0):
+        with torch.no_grad():
+            encoder(group, shared=encoder.packed)
+        states: Tensor = encoder(group, shared=encoder.packed)
+    learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
+    torch.autograd.grad(states.float().sum(), learned, allow_unused=True)
+
+
+def _two_rows(encoder: Encoder) -> RowGroup:
+    """Return two rows of some tokens: a single one is compiled for itself."""
+    length = max(2, encoder.row_tokens // 2 + 1)
+    texts = [np.full(length, token) for token in (0, 1)]
+    trie = build_trie(texts, row_tokens=encoder.row_tokens, share=encoder.packed)
+    return row_group(trie, np.arange(len(trie.row_lengths)))
