@@ -110,7 +110,7 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
     device, learned = encoder.device, list(encoder.trainable().values())
     moments = OPTIMIZER_BYTES * sum(weight.numel() for weight in learned)
     gradients = sum(weight.numel() * weight.element_size() for weight in learned)
-    resident, trie = _resident_bytes(device), _some_rows(encoder, builder, triples)
+    trie = _some_rows(encoder, builder, triples)
     queries = 2 * batch_size
     candidates = min(queries, builder.graph.num_entities)
     was_training = encoder.training
@@ -120,6 +120,9 @@ def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray
     with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance(stance):
         try:
             encoder.train()
+            _pass_and_gradient(encoder, trie, SMALL)  # what it leaves, as copies of weights, is always there
+            encoder.zero_grad(set_to_none=True)
+            resident = _resident_bytes(device)
             at_once = chunks_that_fit(encoder)
             waiting = AHEAD * at_once * gradients if at_once > 1 else 0
             per_token, beside = _bytes_of_a_pass(encoder, trie)
@@ -204,23 +207,29 @@ def _some_rows(encoder: Encoder, builder: BatchBuilder, triples: IntArray) -> To
 
 def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
     """Return the bytes that a token of a pass takes, forward and backward, and those that a pass takes besides."""
-    longest = np.argsort(-trie.row_lengths, kind="stable")
-
-    def rows(tokens: int) -> RowGroup:
-        return row_group(trie, longest[: max(1, tokens // int(trie.row_lengths.max()))])
-
-    small, large = (rows(number * encoder.row_tokens) for number in (SMALL, LARGE))
-
-    def work(group: RowGroup) -> None:
-        pooled(encoder(group, shared=trie.shared)).sum().backward()  # type: ignore[no-untyped-call]
-
-    work(small)  # makes the gradients, which then are there
-    low, high = (peak_bytes(lambda group=group: work(group), encoder.device) for group in (small, large))  # type: ignore[misc]
+    small, large = (_longest_rows(encoder, trie, number) for number in (SMALL, LARGE))
+    _pass_and_gradient(encoder, trie, SMALL)  # makes the gradients, which then are there
+    low, high = (
+        peak_bytes(lambda number=number: _pass_and_gradient(encoder, trie, number), encoder.device)  # type: ignore[misc]
+        for number in (SMALL, LARGE)
+    )
     added = large.nodes.size - small.nodes.size
     if not added:
         return low / small.nodes.size, 0.0
     per_token = (high - low) / added
     return per_token, max(0.0, low - per_token * small.nodes.size)
+
+
+def _longest_rows(encoder: Encoder, trie: TokenTrie, number: int) -> RowGroup:
+    """Return the longest rows of a trie, as many as hold the tokens of so many full ones."""
+    longest = np.argsort(-trie.row_lengths, kind="stable")
+    return row_group(trie, longest[: max(1, number * encoder.row_tokens // int(trie.row_lengths.max()))])
+
+
+def _pass_and_gradient(encoder: Encoder, trie: TokenTrie, number: int) -> None:
+    """Read so many rows and add the gradient of something to the parameters."""
+    group = _longest_rows(encoder, trie, number)
+    pooled(encoder(group, shared=trie.shared)).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _bytes_of_logits(encoder: Encoder, builder: BatchBuilder) -> int:

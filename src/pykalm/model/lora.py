@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
 from pykalm.model.dropout import Dropout, dropped_places
+from pykalm.model.packed_weights import gradient_at_rows, product
 
 
 class LoraLinear(lora.Linear):
@@ -31,16 +31,16 @@ class LoraLinear(lora.Linear):
         """Return x · Wᵀ + bias + scaling · dropout(x) · Aᵀ · Bᵀ, (..., in) to (..., out)."""
         name = self._plain_adapter(x)
         if name is None or args or options:
-            result: Tensor = super().forward(x, *args, **options)
-            return result
+            left: Tensor = super().forward(x, *args, **options)
+            return left
         dropout, base = self.lora_dropout[name], self.base_layer
         p, number = (dropout.p, dropout.number) if isinstance(dropout, Dropout) and dropout.training else (0.0, None)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        product: Tensor = _product(
+        result: Tensor = _product(
             x.to(dtype), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, number,
             float(self.scaling[name]) / (1 - p), float(p),
         )[0]  # fmt: skip
-        return product
+        return result
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """Return the one adapter at work, or None where the product is left to peft."""
@@ -70,7 +70,7 @@ def _product(
         drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         places = _filled_up(drawn, rows.numel(), p)
         narrow = _without(rows, places) @ a.to(x.dtype).T
-        result = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        result = product(rows, weight, bias)
         result.addmm_(narrow, (b * factor).to(x.dtype).T)
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
@@ -97,7 +97,7 @@ def _gradients(
         at_b = ((narrow.T @ above).T.to(b.dtype) * factor).contiguous()
         if not at_input:
             return x.new_empty(0), at_a, at_b
-        at_x = above @ weight.to(above.dtype)
+        at_x = gradient_at_rows(above, weight)
         at_x += _without(at_narrow @ a.to(above.dtype), places, in_place=True)
     return at_x.view(x.shape), at_a, at_b
 

@@ -31,6 +31,7 @@ from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
+from pykalm.model.packed_weights import pack_frozen_weights
 from pykalm.model.packing import choose_passes, require_own_logits, require_room
 from pykalm.model.sharding import wants_sharding
 from pykalm.processes import all_threads, failing_together, gather, join, on_main
@@ -188,6 +189,8 @@ def build_encoder(
     )
     if wants_sharding():
         encoder.share_weights_out()
+    else:
+        pack_frozen_weights(encoder.causal_lm)
     return encoder
 
 
