@@ -149,8 +149,8 @@ class TrainingSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile fuses the work of each layer, after a minute or two at the start. On a CPU of"
-        " several threads steps are slower with it, on one thread a seventh faster; on a GPU it was not measured.",
+        description="Whether torch.compile fuses the work of each layer, after half a minute at the start (less the next"
+        " time). On a CPU, which needs a C++ compiler for it, a step takes five sixths of the time; on a GPU: not measured.",
     )
     chunk_tokens: Positive | None = Field(
         None,

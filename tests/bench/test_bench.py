@@ -1,15 +1,19 @@
 """The whole bench on a tiny model and a tiny graph: what it writes, what it prints, what it refuses."""
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 from rich.console import Console
+from torch._dynamo.exc import TorchDynamoException
 
 from pykalm import cli
-from pykalm.bench import machine, scaling
+from pykalm.bench import machine, scaling, utilisation
 from pykalm.bench.bench import plain
 from pykalm.bench.plan import Plan, Workshop, passes
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
@@ -18,10 +22,11 @@ from pykalm.bench.timing import Spread
 from pykalm.model import run as run_module
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
+from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME
 from pykalm.model.packing import choose_passes
 from pykalm.text.verbalize import Verbalizer
-from tests.laws.common import tiny_encoder
+from tests.laws.common import tiny_encoder, tiny_graph
 from tests.learn.workshop import write_graph
 from tests.tiny_models import save_tiny_model
 
@@ -63,6 +68,43 @@ def test_a_ratio_lies_between_those_of_the_rounds(results: dict[str, Any]) -> No
         for name in ("ratio_to_published", "ratio_to_published_without_unused", "ratio_to_separate_unpadded"):
             low, high = found["spread"][name]
             assert 0 < low <= found[name] <= high
+
+
+def test_utilisation_is_measured_with_compiled_layers_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling itself is tests/model/test_faster.py's; here it is not done, and where it cannot be done nothing is missing."""
+    encoder, taken = tiny_encoder(), []
+    plan = Plan(repeats=1, threads=1)
+    shop = SimpleNamespace(
+        plan=plan, run=lambda _: SimpleNamespace(encoder=encoder, graph=tiny_graph()), device=encoder.device
+    )
+
+    @dataclass
+    class Step:
+        encoder: Encoder
+
+        def __call__(self, number: int) -> SimpleNamespace:
+            first = next(stack[0] for _, stack in find_layers(encoder.causal_lm))
+            taken.append(first._compiled_call_impl is not None)
+            time.sleep(0.001)
+            return SimpleNamespace(batch=None)
+
+    monkeypatch.setattr(utilisation.KalmSystem, "build", lambda run, batching, packed: Step(encoder))
+    monkeypatch.setattr(utilisation, "useful_flops", lambda cost, batch: 10**6)
+    monkeypatch.setattr(utilisation, "matmul_peak", lambda *_, **__: 1e12)
+    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", lambda *_: None)
+    found = utilisation.measure_utilisation(shop, "people")  # type: ignore[arg-type]
+    assert list(found.share) == ["random", "random, compiled", "neighbourhood", "neighbourhood, compiled"]
+    assert taken == [False, True] * 2 * (utilisation.WARMUPS + 1)
+    assert found.lowest(compiled=True) == min(found.share[name].median for name in found.share if "compiled" in name)
+    assert not any(layer._compiled_call_impl for _, stack in find_layers(encoder.causal_lm) for layer in stack)
+
+    def refuse(*_: object) -> None:
+        raise TorchDynamoException("no working C++ compiler found")
+
+    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", refuse)
+    found = utilisation.measure_utilisation(shop, "people")  # type: ignore[arg-type]
+    assert list(found.share) == ["random", "neighbourhood"]
+    assert found.lowest(compiled=True) is None
 
 
 def test_the_other_figures_are_there(results: dict[str, Any]) -> None:

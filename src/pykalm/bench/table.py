@@ -65,7 +65,11 @@ def _figures(results: Mapping[str, Any]) -> list[list[str]]:
     if "utilisation" in results.get("train", {}):
         details = results["train"]["utilisation_details"]
         shares = details["share"]
-        rows += [_row(f"utilisation, {details['graph']}, {name}", shares, name, "{:.1%}") for name in BATCHINGS]
+        rows += [
+            _row(f"utilisation, {details['graph']}, {name}", shares, name, "{:.1%}")
+            for name in shares
+            if name != "spread"
+        ]
         rows.append(_row("best matrix product, Gflop/s", details, "peak_flops_per_second", "{:,.0f}", GIGA))
     if "embed" in results:
         embed = results["embed"]

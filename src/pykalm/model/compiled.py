@@ -1,11 +1,12 @@
 """Compiled layers: torch.compile fuses what stands between the products of a layer, for rows of any number and length."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from threading import Lock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
@@ -28,9 +29,8 @@ def compile_layers(encoder: Encoder) -> None:
     thread each. Raises ModelError where this machine cannot compile.
     """
     torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
-    for _, stack in find_layers(encoder.causal_lm):
-        for layer in stack:
-            layer.compile(dynamic=True)
+    for layer in _layers(encoder):
+        layer.compile(dynamic=True)
     was_training, at_once = encoder.training, encoder.train().chunks_at_once()
     group, one_at_a_time = _two_rows(encoder), Lock()
 
@@ -46,6 +46,7 @@ def compile_layers(encoder: Encoder) -> None:
         ):
             list(attempts)
     except (TorchDynamoException, InductorError) as error:
+        undo_compiling(encoder)
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"training.compile: wanted to compile {type(encoder.causal_lm).__name__}, found {type(error).__name__}: {reason} A "
@@ -54,6 +55,28 @@ def compile_layers(encoder: Encoder) -> None:
         ) from error
     finally:
         encoder.train(was_training)
+
+
+def undo_compiling(encoder: Encoder) -> None:
+    """Let layers compute as they did before they were compiled."""
+    for layer in _layers(encoder):
+        layer._compiled_call_impl = None
+
+
+def _layers(encoder: Encoder) -> list[nn.Module]:
+    return [layer for _, stack in find_layers(encoder.causal_lm) for layer in stack]
+
+
+@contextmanager
+def left_plain(encoder: Encoder) -> Iterator[None]:
+    """Let compiled layers compute as they do without for a while; what is compiled is kept."""
+    kept = [(layer, layer._compiled_call_impl) for layer in _layers(encoder)]
+    undo_compiling(encoder)
+    try:
+        yield
+    finally:
+        for layer, compiled in kept:
+            layer._compiled_call_impl = compiled
 
 
 def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:
