@@ -35,13 +35,15 @@ from pykalm.files import replace_file
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import both_directions
 from pykalm.graph.subgraph import sample_for_validation
-from pykalm.learn.batches import TripleOrder
+from pykalm.learn.batches import Batch, TripleOrder
 from pykalm.learn.step import joint_gradient
 from pykalm.model.run import Run, build_run, load_base
 
-EXAMPLES, TIME = ("random", "published"), ("random", "neighbourhood")
+EXAMPLES, TIME = ("random", "directed", "published"), ("random", "neighbourhood")
 SMALL_BATCH = BATCH_SIZE // 2
-"""Triples of a step at equal examples: both directions of them are as many examples as a published step has."""
+"""Triples of a step at equal examples: both directions of them are as many examples as a published step has.
+
+`directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each."""
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {"random": "#2a6f97", "neighbourhood": "#d97706"}
 
@@ -145,7 +147,9 @@ def prepare(trial: Trial) -> Run:
             kl_weight=0,
         ),
         training=TrainingSettings(
-            batch_size=trial.batch_size, batching="random" if published else trial.system, device="cpu"
+            batch_size=trial.batch_size,
+            batching=trial.system if trial.system == "neighbourhood" else "random",
+            device="cpu",
         ),
     )
     return build_run(Path("quality"), config, load_graph(trial.graph), load_base(config), temperature=0.05)
@@ -182,21 +186,30 @@ def steps(trial: Trial, prepared: Run) -> Iterator[float]:
     drawn = prepared.graph.triples("train")
     if trial.triples:
         drawn = np.random.default_rng([trial.seed, 9]).permutation(drawn)[: trial.triples]
-    if trial.system == "published":
+    builder = batch_builder(prepared)
+    if trial.system in ("published", "directed"):
         recipe = PublishedRecipe(prepared.encoder, prepared.verbalizer, prepared.config.objective, skip_unused=True)
         directed = np.random.default_rng([trial.seed, 0]).permutation(
             both_directions(drawn, prepared.graph.num_relations)
         )
         for start in range(0, len(directed), BATCH_SIZE):
             chosen = directed[start : start + BATCH_SIZE]
-            recipe.gradient(chosen, chosen[:COMPLETIONS])
+            if trial.system == "published":
+                recipe.gradient(chosen, chosen[:COMPLETIONS])
+            else:
+                generator = np.random.default_rng([trial.seed, start, 1])
+                learn(prepared, builder.build_directed(chosen, chosen[:COMPLETIONS], generator))
             yield len(chosen) / 2
-    builder = batch_builder(prepared)
     order = TripleOrder(drawn, trial.batch_size, trial.seed, prepared.config.training.batching)
     for number in range(10**9):
         batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))
-        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
+        learn(prepared, batch)
         yield batch.num_triples
+
+
+def learn(prepared: Run, batch: Batch) -> None:
+    """Leave the gradient of a step of kalm in the encoder."""
+    joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
 
 
 def share(trial: Trial, outcome: Outcome) -> float:

@@ -93,11 +93,13 @@ class BatchBuilder:
     def build(self, triples: IntArray, generator: np.random.Generator) -> Batch:
         """Return the batch of triples (N, 3), relations in [0, R)."""
         directed = np.concatenate([triples, inverse(triples, self.graph.num_relations)])
+        return self.build_directed(directed, self._draw_completions(directed, generator), generator)
+
+    def build_directed(self, directed: IntArray, completed: IntArray, generator: np.random.Generator) -> Batch:
+        """Return the batch of directed triples (N, 3), relations in [0, 2R); completed (M, 3): those that are completed."""
         heads, relations, query_of = _distinct_pairs(directed[:, :2])
-        # Every tail is a head, the other way round.
-        entities, entity_of = np.unique(directed[:, 0], return_inverse=True)
-        tail_of = np.roll(entity_of, len(triples))
-        completed = self._draw_completions(directed, generator)
+        entities = np.unique(directed[:, [0, 2]])
+        tail_of = np.searchsorted(entities, directed[:, 2])
         queries = self.verbalizer.queries(heads, relations) if self.explicit else Texts.of([])
         candidates = self.verbalizer.candidates(entities) if self.explicit else Texts.of([])
         # Without completions the tokenizer need not have the end token with which they end.
@@ -116,7 +118,7 @@ class BatchBuilder:
         )
         return Batch(
             trie, query_nodes, candidate_nodes, positives, known, answer_nodes, answer_tokens,
-            num_triples=len(triples),
+            num_triples=len(directed) // 2,
             own_nodes=trie.paths[num_pooled + len(completions) :, : self.own_texts.length].ravel().astype(np.int64),
             own_likely=own_likely,
             own_log_p=own_log_p,
