@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from pykalm.errors import ModelError
 from pykalm.model import compiled
@@ -137,7 +138,7 @@ def test_compiled_dropout_is_a_function_of_the_seed() -> None:
 
 def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise compiled.TorchDynamoException("no working C++ compiler found")
+        raise TorchDynamoException("no working C++ compiler found")
 
     encoder = tiny_encoder().train()
     monkeypatch.setattr(compiled, "_pass_and_gradient", refuse)
@@ -152,3 +153,66 @@ def test_compilation_is_tried_in_the_precision_of_training(monkeypatch: pytest.M
     """Adapters are float32 beside weights in bfloat16: outside autocast they do not go together."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     compile_layers(tiny_encoder(precision="bf16"))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_attention_computes_float32_weights_in_bfloat16_and_learns_from_them(learns: bool) -> None:
+    """Queries are float32 there, and autocast ends before the gradient; a fused kernel's is within the rounding of both."""
+    model = tiny_model("llama").train()
+    tokens, found = torch.arange(16).reshape(2, 8) + 3, []
+    model.model.embed_tokens.weight.requires_grad_(learns)
+    for name in ("sdpa", NAME):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.model(input_ids=tokens)[0]
+        states.float().square().sum().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.1
+
+
+def test_a_mask_that_learns_has_its_gradient() -> None:
+    """As in families whose mask is computed from their values; against the fused kernel."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
+    above = torch.randn(2, 5, 3, 8, generator=generator)
+    masks = [torch.zeros(2, 1, 5, 5).requires_grad_() for _ in range(2)]
+    found, _ = matmul_attention(torch.nn.Linear(1, 1), query, key, value, masks[0], scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=masks[1], scale=0.3)
+    (found * above).sum().backward()
+    (wanted.transpose(1, 2) * above).sum().backward()
+    assert torch.allclose(masks[0].grad, masks[1].grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_is_told_what_the_operations_return(dtype: torch.dtype) -> None:
+    """Values of another width than queries, a mask, keys that are no whole vectors; LoRA with dropout and without."""
+    query, key = torch.randn(2, 4, 40, 8, dtype=dtype), torch.randn(2, 2, 40, 8, dtype=dtype)
+    value, mask = torch.randn(2, 2, 40, 6, dtype=dtype), torch.zeros(2, 1, 40, 40, dtype=dtype)
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.kalm.attend.default, (*parts, mask, 0.3), test_utils=checks)
+    x, weight = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True), torch.randn(6, 8, dtype=dtype)
+    a, b = (torch.randn(shape, requires_grad=True) for shape in ((2, 8), (6, 2)))
+    for number, p in ((None, 0.0), (torch.tensor(3), 0.3)):
+        arguments = (x, weight, None, a, b, number, 2.0, p)
+        torch.library.opcheck(torch.ops.kalm.lora_product.default, arguments, test_utils=checks)
+
+
+def test_gradient_checkpointing_and_compiled_layers_do_not_go_together() -> None:
+    encoder = tiny_encoder(dropout=0.3)
+    encoder.causal_lm.gradient_checkpointing_enable()
+    with pytest.raises(ModelError, match=r"training\.compile: .*gradient checkpointing"):
+        compile_layers(encoder)
+    assert not encoder.training
+
+
+def test_whatever_a_compiler_raises_leaves_the_layers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("expected size 8==12")
+
+    encoder = tiny_encoder()
+    monkeypatch.setattr(compiled, "_pass_and_gradient", refuse)
+    with pytest.raises(ModelError, match=r"AssertionError: expected size 8==12.*training\.compile=false"):
+        compile_layers(encoder)
+    assert not any(layer._compiled_call_impl for _, stack in find_layers(encoder.causal_lm) for layer in stack)

@@ -104,3 +104,35 @@ def test_what_learns_what_is_float32_and_what_is_too_large_is_left_alone(monkeyp
     assert packed(frozen) == 0
     monkeypatch.undo()
     assert packed(frozen) > 0
+
+
+def test_an_adapter_that_is_merged_into_its_weight_is_seen() -> None:
+    """peft writes to `weight.data`, past all that would tell."""
+    encoder, tokens = adapted_encoder("all-linear"), torch.arange(3, 11)[None]
+    pack_frozen_weights(encoder.causal_lm)
+
+    def states() -> torch.Tensor:
+        with torch.no_grad(), encoder.precision():
+            found: torch.Tensor = encoder.causal_lm.base_model(input_ids=tokens, use_cache=False)[0]
+            return found.float()
+
+    apart = states()
+    base = encoder.model.merge_and_unload()  # type: ignore[operator]
+    encoder.model = base
+    merged = states()
+    assert float((merged - apart).norm() / apart.norm()) < 0.05, "but for rounding"
+    encoder.model = add_adapter(base, rank=4, seed=2)  # it starts at 0, beside weights that hold the first
+    assert torch.allclose(states(), merged, atol=1e-6)
+
+
+def test_a_bias_is_read_as_products_read_it_and_may_learn_later() -> None:
+    weight, x = weight_with_copies(), torch.randn(5, 32).bfloat16()
+    bias = torch.randn(96)[::2]
+    assert torch.equal(product(x, weight, bias), nn.functional.linear(x, weight, bias.bfloat16().contiguous()))
+    layer = nn.Linear(32, 48).bfloat16().requires_grad_(False)
+    packed_weights._register(layer.weight)
+    PackedLinear.take_over(layer)
+    assert type(layer) is PackedLinear
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert layer.bias.grad is not None

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -168,7 +169,12 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
+        own = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "kalm" else None
+        if own is None:
+            result = func(*args, **kwargs)
+        else:
+            with self:  # an operation of our own: what it makes and lets go of counts too
+                result = own._init_fn(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given | self.live:
                 self._note(leaf.untyped_storage())

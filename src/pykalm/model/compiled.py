@@ -7,10 +7,9 @@ from threading import Lock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from pykalm.errors import ModelError
+from pykalm.memory import is_out_of_memory
 from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder
 from pykalm.model.layers import find_layers
@@ -28,33 +27,45 @@ def compile_layers(encoder: Encoder) -> None:
     Layers are alike, so one is compiled for all; the threads that compute chunks side by side share what is compiled, for one
     thread each. Raises ModelError where this machine cannot compile.
     """
+    name, was_training = type(encoder.causal_lm).__name__, encoder.training
     torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
-    for layer in _layers(encoder):
-        layer.compile(dynamic=True)
-    was_training, at_once = encoder.training, encoder.train().chunks_at_once()
-    group, one_at_a_time = _two_rows(encoder), Lock()
+    try:
+        if encoder.train().computes_again:
+            raise ModelError(
+                f"training.compile: wanted layers that are computed once, found gradient checkpointing in {name}, which would "
+                "draw other dropout in compiled layers the second time. Turn one of the two off; training.memory_tokens "
+                "bounds memory too."
+            )
+        for layer in _layers(encoder):
+            layer.compile(dynamic=True)
+        _try(encoder)
+    except Exception as error:  # whatever a compiler raises
+        undo_compiling(encoder)
+        if isinstance(error, ModelError) or is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ModelError(
+            f"training.compile: wanted to compile {name}, found {type(error).__name__}: {reason} A CPU needs a C++ compiler "
+            "(on Debian or Ubuntu: apt install g++). Install one, or set training.compile=false: same result, slower."
+        ) from error
+    finally:
+        encoder.train(was_training)
+
+
+def _try(encoder: Encoder) -> None:
+    """Compile what a training calls, in the threads that will."""
+    at_once, group, one_at_a_time = encoder.chunks_at_once(), _two_rows(encoder), Lock()
 
     def attempt(_: int) -> None:
         with one_at_a_time:  # or each would compile for itself
             _pass_and_gradient(encoder, group)
 
-    try:
-        with (
-            torch.random.fork_rng(devices=[encoder.device] if encoder.device.type == "cuda" else []),
-            torch.enable_grad(),
-            closing(side_by_side(attempt, range(at_once), at_once=at_once)) as attempts,
-        ):
-            list(attempts)
-    except (TorchDynamoException, InductorError) as error:
-        undo_compiling(encoder)
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"training.compile: wanted to compile {type(encoder.causal_lm).__name__}, found {type(error).__name__}: {reason} A "
-            "CPU needs a C++ compiler (on Debian or Ubuntu: apt install g++). Install one, or set training.compile=false: "
-            "same result, slower."
-        ) from error
-    finally:
-        encoder.train(was_training)
+    with (
+        torch.random.fork_rng(devices=[encoder.device] if encoder.device.type == "cuda" else []),
+        torch.enable_grad(),
+        closing(side_by_side(attempt, range(at_once), at_once=at_once)) as attempts,
+    ):
+        list(attempts)
 
 
 def undo_compiling(encoder: Encoder) -> None:

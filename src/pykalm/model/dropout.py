@@ -67,7 +67,7 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         factors = torch.empty(x.shape, dtype=x.dtype)
-        torch.ge(random_bits(x.numel(), self.number).view(x.shape), dropped - LEVELS // 2, out=factors)
+        torch.ge(random_bits(x, self.number).view(x.shape), dropped - LEVELS // 2, out=factors)
         return x * factors.mul_(LEVELS / (LEVELS - dropped))
 
 
@@ -88,18 +88,18 @@ def dropped_places(p: float, count: int, number: int = 0) -> Tensor:
     return torch.from_numpy(places[: int(np.searchsorted(places, count))].astype(np.int32))
 
 
-# An operation of its own, which compiled code calls as it is. Modules differ in their number, so no two calls look alike.
+# An operation of its own, which compiled code calls as it is. It is told x and the module, so that no two calls look alike.
 @torch.library.custom_op("kalm::random_bits", mutates_args=())
-def random_bits(count: int, number: Tensor) -> Tensor:
-    """Return `count` random int16 numbers, every one as likely, for the module of a number."""
+def random_bits(x: Tensor, number: Tensor) -> Tensor:
+    """Return a random int16 number for each of x, every one as likely, for the module of a number."""
     generator = np.random.Generator(_bits(int(number)))
-    words = generator.integers(1 << 64, size=-(-count // 4), dtype=np.uint64).view(np.int16)
-    return torch.from_numpy(words if len(words) == count else words[:count].copy())
+    words = generator.integers(1 << 64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.int16)
+    return torch.from_numpy(words if len(words) == x.numel() else words[: x.numel()].copy())
 
 
 @random_bits.register_fake
-def _(count: int, number: Tensor) -> Tensor:
-    return torch.empty(count, dtype=torch.int16)
+def _(x: Tensor, number: Tensor) -> Tensor:
+    return torch.empty(x.numel(), dtype=torch.int16)
 
 
 def _bits(number: int) -> np.random.SFC64:

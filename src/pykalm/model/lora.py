@@ -8,7 +8,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from pykalm.model.dropout import Dropout, dropped_places
-from pykalm.model.packed_weights import gradient_at_rows, product
+from pykalm.model.packed_weights import forget_copies, gradient_at_rows, product
 
 
 class LoraLinear(lora.Linear):
@@ -34,13 +34,25 @@ class LoraLinear(lora.Linear):
             left: Tensor = super().forward(x, *args, **options)
             return left
         dropout, base = self.lora_dropout[name], self.base_layer
-        p, number = (dropout.p, dropout.number) if isinstance(dropout, Dropout) and dropout.training else (0.0, None)
+        p, number = 0.0, None
+        if isinstance(dropout, Dropout) and dropout.training and dropout.p > 0:
+            p, number = dropout.p, dropout.number
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         result: Tensor = _product(
             x.to(dtype), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, number,
-            float(self.scaling[name]) / (1 - p), float(p),
+            self.scaling[name] / (1 - p), float(p),
         )[0]  # fmt: skip
         return result
+
+    def merge(self, *args: Any, **options: Any) -> None:
+        """Add the adapters to the weight, as peft does, past all that would tell its copies."""
+        forget_copies(self.base_layer.weight)  # type: ignore[arg-type]
+        super().merge(*args, **options)
+
+    def unmerge(self) -> None:
+        """Take the adapters from the weight again, as peft does."""
+        forget_copies(self.base_layer.weight)  # type: ignore[arg-type]
+        super().unmerge()
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """Return the one adapter at work, or None where the product is left to peft."""
@@ -144,6 +156,6 @@ def _without(values: Tensor, filled: Tensor, *, in_place: bool = False) -> Tenso
     """Return the numbers with 0 at the places that are dropped."""
     if not len(filled):
         return values
-    kept = values if in_place else values.clone()
+    kept = values if in_place else values.clone(memory_format=torch.contiguous_format)
     kept.view(-1).index_fill_(0, filled[: int(filled[-1])].long(), 0)
     return kept

@@ -40,9 +40,12 @@ def matmul_attention(
     if asked := [name for name in UNKNOWN if options.get(name) is not None]:
         raise ValueError(f"{NAME}: {', '.join(asked)} not computed here")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if dropout and module.training:
+    if torch.is_autocast_enabled("cpu"):  # inside an operation it ends, and in its gradient it is off
+        query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
+    drops = dropout if module.training else 0.0
+    if drops or (attention_mask is not None and attention_mask.requires_grad):
         weights, value = _weights(query, key, value, attention_mask, scale)
-        return _mixed(F.dropout(weights, p=dropout), value), None
+        return _mixed(F.dropout(weights, p=drops), value), None
     mixed: Tensor = _attend(query, key, value, attention_mask, scale)[0]
     return mixed, None
 
@@ -51,15 +54,16 @@ def matmul_attention(
 @torch.library.custom_op("kalm::attend", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Return what is mixed (rows, T, H, d), and the weights (rows, H, T, S or more) by which, for the gradient."""
-    weights, value = _weights(query, key, value, mask, scale)
-    return _mixed(weights, value), weights
+    with torch.autocast("cpu", enabled=False):
+        weights, value = _weights(query, key, value, mask, scale)
+        return _mixed(weights, value), weights
 
 
 @_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    rows, heads, length, width = query.shape
+    rows, heads, length, _ = query.shape
     keys = key.shape[2] + (0 if mask is None else _missing(key))
-    return query.new_empty(rows, length, heads, width), query.new_empty(rows, heads, length, keys)
+    return value.new_empty(rows, length, heads, value.shape[3]), value.new_empty(rows, heads, length, keys)
 
 
 @torch.library.custom_op("kalm::attend_gradients", mutates_args=())
@@ -67,17 +71,18 @@ def _gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients at query, key and value."""
-    rows, groups, length, _ = key.shape
-    key, value = (F.pad(part, (0, 0, 0, weights.shape[3] - length)) for part in (key, value))
-    above, asked, by = (_folded(part, groups) for part in (gradient.transpose(1, 2), query, weights))
-    keys, values = (_folded(part, groups) for part in (key, value))
-    at_weights = torch.bmm(above, values.transpose(1, 2))
-    at_scores = torch._softmax_backward_data(at_weights, by, -1, by.dtype)
-    at_query = torch.bmm(at_scores, keys).mul_(scale).view(query.shape)
-    at_key = torch.bmm(at_scores.transpose(1, 2), asked).mul_(scale)
-    at_value = torch.bmm(by.transpose(1, 2), above)
-    at_key, at_value = (part.view(rows, groups, *part.shape[1:])[:, :, :length] for part in (at_key, at_value))
-    return at_query, at_key.contiguous(), at_value.contiguous()
+    with torch.autocast("cpu", enabled=False):
+        rows, groups, length, _ = key.shape
+        key, value = (F.pad(part, (0, 0, 0, weights.shape[3] - length)) for part in (key, value))
+        above, asked, by = (_folded(part, groups) for part in (gradient.transpose(1, 2), query, weights))
+        keys, values = (_folded(part, groups) for part in (key, value))
+        at_weights = torch.bmm(above, values.transpose(1, 2))
+        at_scores = torch._softmax_backward_data(at_weights, by, -1, by.dtype)
+        at_query = torch.bmm(at_scores, keys).mul_(scale).view(query.shape)
+        at_key = torch.bmm(at_scores.transpose(1, 2), asked).mul_(scale)
+        at_value = torch.bmm(by.transpose(1, 2), above)
+        at_key, at_value = (part.view(rows, groups, *part.shape[1:])[:, :, :length] for part in (at_key, at_value))
+        return at_query, at_key.contiguous(), at_value.contiguous()
 
 
 @_gradients.register_fake

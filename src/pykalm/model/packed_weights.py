@@ -40,7 +40,8 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x · Wᵀ + bias, (..., in) to (..., out)."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if x.device.type != "cpu" or self.weight.requires_grad or self.weight.dtype != dtype:
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if x.device.type != "cpu" or learns or self.weight.dtype != dtype:
             return super().forward(x)
         found: Tensor = _frozen_product(x.to(dtype), self.weight, self.bias)
         return found
@@ -79,9 +80,9 @@ def pack_frozen_weights(model: Any) -> None:
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return rows · Wᵀ + bias, (N, in) to (N, out), with the copy of the weight where there is one."""
-    copies = _copies_of(weight)
+    copies, bias = _copies_of(weight), None if bias is None else bias.to(rows.dtype).contiguous()
     if copies is None or rows.dtype != weight.dtype:
-        return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        return F.linear(rows, weight.to(rows.dtype), bias)
     if copies.own is None:
         copies.own = _packed(weight)
     return _packed_product(rows, copies.own, bias)
@@ -150,6 +151,11 @@ def _register(weight: Tensor) -> None:
     if _copies_of(weight) is None:
         _copies[place] = _Copies(weakref.ref(weight), weight._version)
         weakref.finalize(weight, _forget, place, _copies[place])
+
+
+def forget_copies(weight: Tensor) -> None:
+    """Compute without copies from now on: who writes to `weight.data`, which leaves no trace, calls this."""
+    _copies.pop(weight.data_ptr(), None)
 
 
 def _forget(place: int, copies: _Copies) -> None:
