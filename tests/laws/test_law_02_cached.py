@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pykalm.config import ObjectiveSettings
 from pykalm.learn import step
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.model import dropout
 from pykalm.model.compiled import compile_layers
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.text.trie import row_group
@@ -143,6 +145,22 @@ def test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_o
         assert largest_difference(found, kept) < 2e-5
 
 
+def test_dropout_does_not_depend_on_the_order_in_which_layers_are_computed() -> None:
+    """A compiler chooses the order of layers that do not depend on each other, and not the same with gradients and without."""
+    encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=64).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    loss, plain = gradients(encoder, batch)
+
+    def up_first(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)  # type: ignore[no-any-return]
+
+    with replaced(LlamaMLP, "forward", up_first):
+        other_loss, other = gradients(encoder, batch)
+    assert abs(other_loss.total - loss.total) < 1e-5
+    assert largest_difference(other, plain) < 2e-5
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
 def test_compiled_layers_have_the_gradients_of_plain_ones_with_dropout_cached_and_side_by_side() -> None:
@@ -204,6 +222,11 @@ def all_threads_draw_from_one_generator() -> AbstractContextManager[None]:
     return replaced(step, "drawing_from", lambda seed: nullcontext())
 
 
+def dropout_goes_by_order() -> AbstractContextManager[None]:
+    right = dropout._Drawing.of
+    return replaced(dropout._Drawing, "of", lambda self, number: right(self, 0))
+
+
 def chunks_are_cut_for_those_that_memory_lets_be_at_once() -> AbstractContextManager[None]:
     right = step._even_chunks
     fit = step.chunks_that_fit
@@ -243,5 +266,8 @@ BREAKS |= SIDE_BY_SIDE
 CUT = "chunks are cut for those that memory lets be at once"
 BREAKS[CUT] = chunks_are_cut_for_those_that_memory_lets_be_at_once
 CHECKS[CUT] = "test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_once"
+ORDER = "dropout goes by the order in which layers are computed"
+BREAKS[ORDER] = dropout_goes_by_order
+CHECKS[ORDER] = "test_dropout_does_not_depend_on_the_order_in_which_layers_are_computed"
 CHECKS["gradients reach the wrong chunk"] = "test_gradients_are_those_of_one_graph_over_all_chunks"
 CHECKS |= dict.fromkeys(SIDE_BY_SIDE, "test_chunks_side_by_side_have_the_gradient_of_one_after_the_other")
