@@ -17,7 +17,9 @@ from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.footprint import PLANNED_SHARE, Fit, Footprint, fit_budget, measure_footprint, peak_bytes
 from pykalm.learn.step import joint_gradient
 from pykalm.memory import format_size, parse_size
+from pykalm.model import packed_weights
 from pykalm.model.encoder import Encoder
+from pykalm.model.packed_weights import pack_frozen_weights
 from pykalm.model.run import read_run_config
 from pykalm.text.trie import row_group
 from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
@@ -114,6 +116,17 @@ def test_a_token_takes_what_its_graph_keeps_and_little_more() -> None:
 
     (small, few), (large, many) = kept(1), kept(3)
     assert 1 <= footprint_of(encoder).per_token / ((large - small) / (many - few)) < 1.5
+
+
+def test_packed_weights_are_there_before_the_first_text_and_change_no_token() -> None:
+    """They are oneDNN's, which has no storage to count; a pass makes them before the process is measured."""
+    encoder = tiny_encoder(precision="bf16", row_tokens=32)
+    plain = footprint_of(encoder).per_token
+    pack_frozen_weights(encoder.causal_lm)
+    assert footprint_of(encoder).per_token == pytest.approx(plain, rel=0.02)
+    copies = [packed_weights._copies_of(weight) for name, weight in encoder.named_parameters() if "base_layer" in name]
+    assert copies
+    assert all(found is not None and found.own is not None for found in copies)
 
 
 def test_measuring_leaves_no_trace() -> None:

@@ -168,16 +168,16 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         own = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "kalm" else None
         if own is None:
             result = func(*args, **kwargs)
         else:
             with self:  # an operation of our own: what it makes and lets go of counts too
                 result = own._init_fn(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given | self.live:
-                self._note(leaf.untyped_storage())
+        for storage in _storages(result):
+            if storage._cdata not in given | self.live:
+                self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -190,6 +190,12 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _freed(self, key: int, size: int) -> None:
         self.live.discard(key)
         self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """Return the storages of the tensors among some values; packed weights, which are oneDNN's, have none."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+    return [tensor.untyped_storage() for tensor in tensors]
 
 
 def _resident_bytes(device: torch.device) -> int:
