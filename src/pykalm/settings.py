@@ -149,8 +149,8 @@ class TrainingSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile fuses the work of each layer, after half a minute at the start (less the next"
-        " time). On a CPU, which needs a C++ compiler for it, a step takes seven eighths of the time; on a GPU: not measured.",
+        description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. On a"
+        " CPU, which needs a C++ compiler for it, a step takes seven eighths of the time; on a GPU: not measured.",
     )
     chunk_tokens: Positive | None = Field(
         None,
