@@ -145,6 +145,13 @@ def test_the_table_shows_every_measurement(results: dict[str, Any]) -> None:
         assert word in text
 
 
+def test_the_table_says_how_to_install_what_is_missing(results: dict[str, Any]) -> None:
+    """Brackets are markup to rich, which would leave them out."""
+    console = Console(width=160, record=True)
+    console.print(bench_table({**results, "rank": {**results["rank"], "ratio_to_pykeen": None, "pykeen": MISSING}}))
+    assert MISSING in console.export_text()
+
+
 def test_a_spread_becomes_its_median_with_the_range_beside_it() -> None:
     assert plain({"speed": Spread(2.0, 1.0, 3.0), "graph": "people"}) == {
         "speed": 2.0, "graph": "people", "spread": {"speed": [1.0, 3.0]},

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -87,7 +88,7 @@ def _ranking_rows(rank: Mapping[str, Any]) -> list[list[str]]:
         _row("× the published loop", rank, "ratio_to_published", "{:,.0f}×"),
         _row("× PyKEEN's evaluator", rank, "ratio_to_pykeen", "{:.1f}×")
         if rank["ratio_to_pykeen"]
-        else ["× PyKEEN's evaluator", rank["pykeen"], ""],
+        else ["× PyKEEN's evaluator", escape(rank["pykeen"]), ""],
         _row("peak memory of ranking above the vectors, MB", rank, "peak_memory", "{:,.0f}", MEGA),
         ["equal ranks", "yes" if rank["equal_ranks"] else "NO", ""],
     ]
