@@ -18,3 +18,8 @@ def find_layers(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the context in which a model computes: bfloat16 by autocast, or that of its weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def computed_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which a CPU computes with x here: that of autocast, or its own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

@@ -8,6 +8,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from pykalm.model.dropout import Dropout, dropped_places
+from pykalm.model.layers import computed_dtype
 from pykalm.model.packed_weights import forget_copies, gradient_at_rows, product
 
 
@@ -37,9 +38,8 @@ class LoraLinear(lora.Linear):
         p, number = 0.0, None
         if isinstance(dropout, Dropout) and dropout.training and dropout.p > 0:
             p, number = dropout.p, dropout.number
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         result: Tensor = _product(
-            x.to(dtype), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, number,
+            x.to(computed_dtype(x)), base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, number,
             self.scaling[name] / (1 - p), float(p),
         )[0]  # fmt: skip
         return result

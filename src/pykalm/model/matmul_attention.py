@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from pykalm.model.layers import computed_dtype
+
 NAME = "kalm_matmul"
 
 LANES = 32
@@ -40,8 +42,8 @@ def matmul_attention(
     if asked := [name for name in UNKNOWN if options.get(name) is not None]:
         raise ValueError(f"{NAME}: {', '.join(asked)} not computed here")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if torch.is_autocast_enabled("cpu"):  # inside an operation it ends, and in its gradient it is off
-        query, key, value = (part.to(torch.get_autocast_dtype("cpu")) for part in (query, key, value))
+    # Autocast ends inside an operation, and in its gradient it is off.
+    query, key, value = (part.to(computed_dtype(part)) for part in (query, key, value))
     drops = dropout if module.training else 0.0
     if drops or (attention_mask is not None and attention_mask.requires_grad):
         weights, value = _weights(query, key, value, attention_mask, scale)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykalm.model.layers import find_layers
+from pykalm.model.layers import computed_dtype, find_layers
 
 MOST_BYTES = 2 << 30
 """What copies may take, two of every weight: for products and for gradients at their inputs. A larger model has none."""
@@ -39,7 +39,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x · Wᵀ + bias, (..., in) to (..., out)."""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = computed_dtype(x)
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if x.device.type != "cpu" or learns or self.weight.dtype != dtype:
             return super().forward(x)
