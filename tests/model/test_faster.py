@@ -197,6 +197,11 @@ def test_a_compiler_is_told_what_the_operations_return(dtype: torch.dtype) -> No
     for number, p in ((None, 0.0), (torch.tensor(3), 0.3)):
         arguments = (x, weight, None, a, b, number, 2.0, p)
         torch.library.opcheck(torch.ops.kalm.lora_product.default, arguments, test_utils=checks)
+    kept = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.kalm.lora_product_beside.default, (x, kept, weight, None, a, b, 2.0), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.kalm.random_words.default, (x.detach(), torch.tensor(3)), test_utils=checks[:1])
 
 
 def test_gradient_checkpointing_and_compiled_layers_do_not_go_together() -> None:

@@ -8,8 +8,9 @@ from peft import LoraConfig
 from peft.tuners import lora
 
 from pykalm.learn.footprint import peak_bytes
+from pykalm.model import lora as product_of_lora
 from pykalm.model.adapters import add_adapter
-from pykalm.model.dropout import Dropout, drawing_from, dropped_places
+from pykalm.model.dropout import Dropout, drawing_from, dropped_places, without_some
 from pykalm.model.lora import LoraLinear
 from tests.tiny_models import tiny_model
 
@@ -62,6 +63,59 @@ def test_the_gradient_is_that_of_finite_differences_with_dropout_too() -> None:
 
     learned = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     assert torch.autograd.gradcheck(product, (x, *learned))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])  # phi's linear layers have a bias
+def test_the_product_of_compiled_layers_is_that_of_peft_with_the_same_dropout(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 to 1e-5; peft is given what was kept, scaled up, in place of its dropout."""
+    monkeypatch.setattr(product_of_lora, "_is_compiled", lambda: True)
+    layer, generator = layer_of(dropout=0.4, family=family), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, WIDTH, generator=generator)
+    above = torch.randn(2, 5, layer.out_features, generator=generator)
+    with drawing_from(7):
+        found = gradients_of(layer, x, above)
+    number = layer.lora_dropout["default"].number
+    with drawing_from(7):
+        kept = without_some(torch.ones_like(x), 0.4, number)
+    assert 0.4 < float(kept.mean()) < 0.8
+    layer.give_back()
+    layer.lora_dropout["default"] = _Times(kept / 0.6)
+    wanted = gradients_of(layer, x, above)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+class _Times(torch.nn.Module):
+    def __init__(self, factors: torch.Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factors
+
+
+def test_what_a_compiled_layer_drops_is_each_element_by_itself_with_its_probability() -> None:
+    """Shares of rows, columns and whole draws, of neighbours and of two calls: six standard deviations at most."""
+    p, shape = 0.05, (20, 400, 600)
+    with drawing_from(3):
+        dropped = torch.stack([1 - without_some(torch.ones(shape[1:]), p, torch.tensor(1)) for _ in range(shape[0])])
+    away = (dropped.double() - p) / (p * (1 - p)) ** 0.5
+    for kept in ((0,), (1,), (2,), (0, 1), (0, 2)):
+        over = [axis for axis in range(3) if axis not in kept]
+        count = dropped.numel() / torch.tensor([shape[axis] for axis in kept]).prod()
+        assert float(away.mean(over).abs().max()) * float(count) ** 0.5 < 6, kept
+    for moved in ((0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0)):
+        together = away * away.roll(moved, (0, 1, 2))
+        assert abs(float(together.mean())) * dropped.numel() ** 0.5 < 6, moved
+
+
+def test_a_share_near_one_drops_nearly_all_and_none_drops_nothing() -> None:
+    x = torch.ones(50, 40)
+    assert torch.equal(without_some(x, 0.0, torch.tensor(1)), x)
+    assert float(without_some(x, 0.999, torch.tensor(1)).mean()) < 0.02
 
 
 def test_dropout_leaves_the_base_alone_and_keeps_the_mean() -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -170,9 +171,10 @@ class _Step:
         """Return a chunk's parts of L_imp and L_kl (2,), and what has its whole gradient."""
         chunk = self.share.chunks[number]
         states, vectors = self.kept.pop(number) if number in self.kept else self._pass(number)
-        part = _written(
-            self.encoder, self.batch, states, chunk, logits_at_once=part_of(LOGITS_AT_ONCE, self.share.at_once)
-        )
+        logits_at_once = part_of(LOGITS_AT_ONCE, self.share.at_once)
+        # Where a chunk's gradients are computed next, few logits can stay until then; else they are built once more.
+        stay = self.share.at_once > 1 and len(chunk.answers) + len(chunk.own) <= logits_at_once
+        part = _written(self.encoder, self.batch, states, chunk, logits_at_once=logits_at_once, logits_stay=stay)
         total = _weighted(part, self.objective)
         if at_vectors is not None:
             total = total + (vectors * _at(at_vectors, chunk.pooled)).sum()
@@ -273,27 +275,30 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
     )
 
 
-def _written(encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk, *, logits_at_once: int) -> Tensor:
+def _written(
+    encoder: Encoder, batch: Batch, states: Tensor, chunk: _Chunk, *, logits_at_once: int, logits_stay: bool
+) -> Tensor:
     """Return a chunk's parts of L_imp and L_kl (2,), each a mean over all its tokens in the batch."""
     implicit = _sum_of_logits(
         encoder, states, chunk.answer_places, completion_loss_sum, [batch.answer_tokens[chunk.answers]],
-        needed=len(batch.answer_nodes) > 0, at_once=logits_at_once,
+        needed=len(batch.answer_nodes) > 0, at_once=logits_at_once, stay=logits_stay,
     )  # fmt: skip
     kl = _sum_of_logits(
         encoder, states, chunk.own_places, kl_sum,
         [batch.own_likely[chunk.own].astype(np.int64), batch.own_log_p[chunk.own]], needed=len(batch.own_nodes) > 0,
-        at_once=logits_at_once,
+        at_once=logits_at_once, stay=logits_stay,
     )  # fmt: skip
     return torch.stack([implicit / max(1, len(batch.answer_nodes)), kl / max(1, len(batch.own_nodes))])
 
 
 def _sum_of_logits(
     encoder: Encoder, states: Tensor, places: IntArray, loss_sum: Callable[..., Tensor], targets: Sequence[npt.NDArray[Any]],
-    *, needed: bool, at_once: int,
+    *, needed: bool, at_once: int, stay: bool,
 ) -> Tensor:  # fmt: skip
-    """Return the summed loss of the logits at some places; they are built, used and built again at_once places at a time.
+    """Return the summed loss of the logits at some places, at_once places at a time.
 
-    targets: arrays (T, ...) of what the loss wants beside the logits; needed: whether any process has such places.
+    They are built, used and, unless they stay, built again. targets: arrays (T, ...) of what the loss wants beside the logits;
+    needed: whether any process has such places.
     """
     if not len(places):
         return _nothing(encoder, states, with_logits=needed)
@@ -304,9 +309,8 @@ def _sum_of_logits(
 
     bounds = range(0, len(places), at_once)
     pieces = [[tensor[start : start + at_once] for tensor in (read, *wanted)] for start in bounds]
-    return torch.stack(
-        [checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    ).sum()
+    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([(part if stay else again)(*piece) for piece in pieces]).sum()
 
 
 def _nothing(encoder: Encoder, states: Tensor, *, with_logits: bool) -> Tensor:

@@ -20,6 +20,10 @@ FORMS = 64
 """Forms of a layer that are compiled when they are met; by default eight, and others are left slow. With and without gradient,
 dropout, a mask, an input that learns, one row and more, these come to more."""
 
+OPTIONS: dict[bool, dict[str, bool | str | int]] = {False: {}, True: {"cpp_wrapper": True}}
+"""For a CPU: code that calls its loops from C++ lets go of Python's lock meanwhile, for which threads side by side wait half as
+long."""
+
 
 def compile_layers(encoder: Encoder) -> None:
     """Let torch.compile fuse the work of each layer, and try it, with gradients and without, as a training will call it.
@@ -37,7 +41,7 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, options=OPTIONS[encoder.device.type == "cpu"])
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
         undo_compiling(encoder)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 1 << 16
+_MIX = 0x7FEB352D, 0x846CA68B - (1 << 32)
+"""Odd factors (int32) that spread every bit of a word over those above it (Wellons' lowbias32)."""
 
 _own = threading.local()
 
@@ -86,6 +88,32 @@ def dropped_places(p: float, count: int, number: int = 0) -> Tensor:
         last = int(places[-1])
     places = np.concatenate(found) if len(found) > 1 else found[0]
     return torch.from_numpy(places[: int(np.searchsorted(places, count))].astype(np.int32))
+
+
+def without_some(x: Tensor, p: float, number: Tensor) -> Tensor:
+    """Return x (..., width) with 0 where dropout with probability p drops, of the module of a number; not scaled up.
+
+    Made for a compiler, which does so in the loop that makes x: every row and every column has a random word, and an element's
+    word is a hash of both. Nothing but these is kept for the gradient.
+    """
+    rows, columns = random_words(x, number).split([x.numel() // x.shape[-1], x.shape[-1]])
+    words = rows.view(*x.shape[:-1], 1) ^ columns
+    words = words * _MIX[0]
+    words = (words ^ ((words >> 15) & 0x1FFFF)) * _MIX[1]  # their lower bits would want more, and hardly count
+    return torch.where(words >= round(p * 2**32) - 2**31, x, 0)
+
+
+@torch.library.custom_op("kalm::random_words", mutates_args=())
+def random_words(x: Tensor, number: Tensor) -> Tensor:
+    """Return a random int32 word for each of the N rows of x (..., width) and each of its columns (N + width,)."""
+    count = x.numel() // x.shape[-1] + x.shape[-1]
+    words = np.random.Generator(_bits(int(number))).integers(1 << 64, size=-(-count // 2), dtype=np.uint64)
+    return torch.from_numpy(words.view(np.int32)[:count].copy())
+
+
+@random_words.register_fake
+def _(x: Tensor, number: Tensor) -> Tensor:
+    return torch.empty(x.numel() // x.shape[-1] + x.shape[-1], dtype=torch.int32)
 
 
 # An operation of its own, which compiled code calls as it is. It is told x and the module, so that no two calls look alike.

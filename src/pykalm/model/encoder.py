@@ -112,7 +112,8 @@ class Encoder(nn.Module):
 
     def train(self, mode: bool = True) -> "Encoder":
         """Turn dropout on or off, as every module does."""
-        self._moves = None  # how a pass works may depend on it
+        if mode != self.training:
+            self._moves = None  # how a pass works may depend on it
         super().train(mode)
         return self
 

@@ -50,10 +50,10 @@ OWN_TEXTS = "own_texts.npz"
 BEFORE_KL = {"kl_weight": 0.0}
 """What a run whose settings do not name it was trained with."""
 
-ROW_TOKENS = {"cpu": 128, "cuda": 1024}
-"""Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost 1 %."""
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""On a CPU 1,024 tokens at once are as fast as 2,048, and groups of rows are padded less: they are 3 to 4 % fuller."""
+ROW_TOKENS = {"cpu": 96, "cuda": 1024}
+"""Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost little."""
+CHUNK_TOKENS = {"cpu": 1536, "cuda": 16384}
+"""On a CPU what a pass costs in Python weighs less in 1,536 tokens than in 1,024; in more, groups of rows are padded more."""
 
 MEMORY_REMEDY = (
     "The model does not fit: take a smaller one, training.precision=bf16, adapter.quantize=4bit (on a GPU), another "
