@@ -1,8 +1,13 @@
 """Compiled layers: torch.compile fuses what stands between the products of a layer, for rows of any number and length."""
 
+import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
+from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +15,7 @@ from torch import Tensor, nn
 
 from pykalm.errors import ModelError
 from pykalm.memory import is_out_of_memory
+from pykalm.model import dropout, lora, matmul_attention, packed_weights
 from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder
 from pykalm.model.layers import find_layers
@@ -19,10 +25,6 @@ from pykalm.text.trie import RowGroup, build_trie, row_group
 FORMS = 64
 """Forms of a layer that are compiled when they are met; by default eight, and others are left slow. With and without gradient,
 dropout, a mask, an input that learns, one row and more, these come to more."""
-
-OPTIONS: dict[bool, dict[str, bool | str | int]] = {False: {}, True: {"cpp_wrapper": True}}
-"""For a CPU: code that calls its loops from C++ lets go of Python's lock meanwhile, for which threads side by side wait half as
-long."""
 
 
 def compile_layers(encoder: Encoder) -> None:
@@ -41,7 +43,7 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
-            layer.compile(dynamic=True, options=OPTIONS[encoder.device.type == "cpu"])
+            layer.compile(dynamic=True, options=_options(encoder.device))
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
         undo_compiling(encoder)
@@ -54,6 +56,25 @@ def compile_layers(encoder: Encoder) -> None:
         ) from error
     finally:
         encoder.train(was_training)
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Return how layers are compiled for a device.
+
+    On a CPU by code that calls its loops from C++ and lets go of Python's lock meanwhile, for which threads side by side wait
+    half as long. PyTorch keeps compiled code on disk and does not look into our operations, which a new version may
+    change; so it is kept under what they are, in the one option that holds any words and does nothing else here.
+    """
+    return {"cpp_wrapper": True, "aot_inductor.metadata": {"pykalm": _operations()}} if device.type == "cpu" else {}
+
+
+@cache
+def _operations() -> str:
+    """Return a digest of the sources of our operations."""
+    sources = [
+        Path(inspect.getfile(module)).read_bytes() for module in (dropout, lora, matmul_attention, packed_weights)
+    ]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _try(encoder: Encoder) -> None:
