@@ -148,6 +148,7 @@ def _count_rows(
     edges = np.searchsorted(asked[1][order], [block.start for block in candidates.blocks] + [len(candidates.vectors)])
     queries, rows = (torch.from_numpy(side[order]).to(device) for side in asked)
     wanted = torch.from_numpy(query_of_target).to(device)
+    one_each = np.array_equal(query_of_target, np.arange(len(query)))  # the scores themselves, read for the last time
     lead, apart = (torch.zeros(len(thresholds), dtype=torch.int64, device=device) for _ in range(2))
     looked_up = torch.empty(len(order), device=device)
     for block, (start, stop) in zip(candidates.blocks, pairwise(edges.tolist()), strict=True):
@@ -157,7 +158,8 @@ def _count_rows(
         weights = candidates.entities_of_row[block].to(device)
         for part in parts:
             # The sign of a difference is exact; a comparison that writes booleans takes four times as long.
-            signs = scores.index_select(0, wanted[part]).sub_(thresholds[part, None]).sign_().to(weights.dtype)
+            chosen = scores if one_each else scores.index_select(0, wanted[part])
+            signs = chosen.sub_(thresholds[part, None]).sign_().to(weights.dtype)
             lead[part] += (signs @ weights).long()
             apart[part] += (signs.abs_() @ weights).long()
     unsorted = torch.empty_like(looked_up)

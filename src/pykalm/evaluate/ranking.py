@@ -21,7 +21,7 @@ from pykalm.processes import failing_together, own_part, sum_counts
 
 FloatArray = npt.NDArray[np.float64]
 
-CHUNK_QUERIES = 256
+CHUNK_QUERIES = 512
 CHUNK_ENTITIES = 1024
 
 
