@@ -144,17 +144,17 @@ class TrainingSettings(Settings):
     )
     row_tokens: Positive | None = Field(
         None,
-        description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 128 on a CPU, 1024"
+        description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 96 on a CPU, 1024"
         " on a GPU. Attention costs less in short rows; in long ones fewer prefixes are cut.",
     )
     compile: bool = Field(
         False,
         description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. On a"
-        " CPU, which needs a C++ compiler for it, a step takes seven eighths of the time; on a GPU: not measured.",
+        " CPU, which needs a C++ compiler for it, a step takes four fifths of the time; on a GPU: not measured.",
     )
     chunk_tokens: Positive | None = Field(
         None,
-        description="Tokens per forward pass; null takes 1024 on a CPU, where each thread computes a pass of its own, 16384 on"
+        description="Tokens per forward pass; null takes 1536 on a CPU, where each thread computes a pass of its own, 16384 on"
         " a GPU. Lower it when memory runs out.",
     )
     memory_tokens: Positive = Field(

@@ -122,7 +122,8 @@ class KalmSystem:
     def __call__(self, number: int) -> Work:
         """Take the step of that number."""
         encoder = self.encoder
-        encoder.train()
+        if not encoder.training:  # as a training, which is not told so before every step
+            encoder.train()
         with passes(encoder, packed=self.packed):
             built = time_call(lambda: self._batch(number), torch.device("cpu"))
             batch = built.value
@@ -160,7 +161,8 @@ class PublishedSystem:
 
     def __call__(self, number: int) -> Work:
         """Take the step of that number."""
-        self.recipe.encoder.train()
+        if not self.recipe.encoder.training:
+            self.recipe.encoder.train()
         directed, completed = draw_step(self.directed, generator(self.seed, number, 2))
         with attention(self.recipe.encoder, self.attention), self.adapters(self.recipe.encoder):
             step = self.recipe.gradient(directed, completed)

@@ -112,8 +112,7 @@ class Encoder(nn.Module):
 
     def train(self, mode: bool = True) -> "Encoder":
         """Turn dropout on or off, as every module does."""
-        if mode != self.training:
-            self._moves = None  # how a pass works may depend on it
+        self._moves = None  # how a pass works may depend on it
         super().train(mode)
         return self
 

@@ -78,15 +78,15 @@ def _product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the product (..., out) in the dtype of x, in which all is computed, and what its gradient needs.
 
-    That is A · dropout(x)ᵀ without its scale (r, N), and the places that dropout, of the module of that number, drops.
+    That is dropout(x) · Aᵀ without its scale (N, r), and the places that dropout, of the module of that number, drops.
     """
     with torch.autocast("cpu", enabled=False):
         rows = _rows(x)
         drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         places = _filled_up(drawn, rows.numel(), p)
-        narrow = a.to(x.dtype) @ _without(rows, places).T
+        narrow = _without(rows, places) @ a.to(x.dtype).T
         result = product(rows, weight, bias)
-        result.addmm_(narrow.T, _scaled(b, factor, x.dtype))
+        result.addmm_(narrow, _scaled(b, factor, x.dtype))
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
@@ -96,7 +96,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[-1]
     places = torch.empty(0 if number is None else _most_places(x.numel(), p), dtype=torch.int32)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(a.shape[0], count), places
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count, a.shape[0]), places
 
 
 @torch.library.custom_op("kalm::lora_gradients", mutates_args=())
@@ -149,11 +149,11 @@ def _is_compiled() -> bool:
 def _product_beside(
     x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (..., out), in the dtype of x, and A · keptᵀ (r, N)."""
+    """Return x · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (..., out), in the dtype of x, and kept · Aᵀ (N, r)."""
     with torch.autocast("cpu", enabled=False):
-        narrow = a.to(x.dtype) @ _rows(kept).T
+        narrow = _rows(kept) @ a.to(x.dtype).T
         result = product(_rows(x), weight, bias)
-        result.addmm_(narrow.T, _scaled(b, factor, x.dtype))
+        result.addmm_(narrow, _scaled(b, factor, x.dtype))
     return result.view(*x.shape[:-1], len(weight)), narrow
 
 
@@ -161,7 +161,7 @@ def _product_beside(
 def _(
     x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(a.shape[0], x.numel() // x.shape[-1])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
 @torch.library.custom_op("kalm::lora_gradients_beside", mutates_args=())
@@ -204,13 +204,13 @@ _product_beside.register_autograd(_backward_beside, setup_context=_keep_beside)
 def _at_adapter(
     above: Tensor, kept: Tensor, narrow: Tensor, a: Tensor, b: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients at A · keptᵀ (r, N), A and B from those at the result, above (N, out).
+    """Return the gradients at A · keptᵀ (r, N), at A and at B; above (N, out): that at the result, narrow: kept · Aᵀ (N, r).
 
-    The few rows of a product come first, which is a tenth faster than its few columns last.
+    The few rows of a product come first, which is faster than its few columns last.
     """
     at_narrow = _scaled(b, factor, above.dtype) @ above.T
     at_a = (at_narrow @ kept).to(a.dtype)
-    at_b = ((narrow @ above).T.to(b.dtype) * factor).contiguous()
+    at_b = ((narrow.T @ above).T.to(b.dtype) * factor).contiguous()
     return at_narrow, at_a, at_b
 
 
