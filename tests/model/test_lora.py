@@ -8,7 +8,6 @@ from peft import LoraConfig
 from peft.tuners import lora
 
 from pykalm.learn.footprint import peak_bytes
-from pykalm.model import lora as product_of_lora
 from pykalm.model.adapters import add_adapter
 from pykalm.model.dropout import Dropout, drawing_from, dropped_places, without_some
 from pykalm.model.lora import LoraLinear
@@ -70,7 +69,7 @@ def test_the_product_of_compiled_layers_is_that_of_peft_with_the_same_dropout(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Float32 to 1e-5; peft is given what was kept, scaled up, in place of its dropout."""
-    monkeypatch.setattr(product_of_lora, "_is_compiled", lambda: True)
+    monkeypatch.setattr(LoraLinear, "hashes_dropout", True)
     layer, generator = layer_of(dropout=0.4, family=family), torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, WIDTH, generator=generator)
     above = torch.randn(2, 5, layer.out_features, generator=generator)
@@ -116,6 +115,7 @@ def test_a_share_near_one_drops_nearly_all_and_none_drops_nothing() -> None:
     x = torch.ones(50, 40)
     assert torch.equal(without_some(x, 0.0, torch.tensor(1)), x)
     assert float(without_some(x, 0.999, torch.tensor(1)).mean()) < 0.02
+    assert not float(without_some(x, 1 - 2**-34, torch.tensor(1)).sum())
 
 
 def test_dropout_leaves_the_base_alone_and_keeps_the_mean() -> None:

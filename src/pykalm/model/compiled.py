@@ -43,6 +43,7 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
+            _hash_dropout(layer, True)
             layer.compile(dynamic=True, options=_options(encoder.device))
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
@@ -52,7 +53,7 @@ def compile_layers(encoder: Encoder) -> None:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ModelError(
             f"training.compile: wanted to compile {name}, found {type(error).__name__}: {reason} A CPU needs a C++ compiler "
-            "(on Debian or Ubuntu: apt install g++). Install one, or set training.compile=false: same result, slower."
+            "(on Debian or Ubuntu: apt install g++). Install one, or set training.compile=false: as good, slower."
         ) from error
     finally:
         encoder.train(was_training)
@@ -97,6 +98,13 @@ def undo_compiling(encoder: Encoder) -> None:
     """Let layers compute as they did before they were compiled."""
     for layer in _layers(encoder):
         layer._compiled_call_impl = None
+        _hash_dropout(layer, False)
+
+
+def _hash_dropout(layer: nn.Module, hashes: bool) -> None:
+    for module in layer.modules():
+        if isinstance(module, lora.LoraLinear):
+            module.hashes_dropout = hashes
 
 
 def _layers(encoder: Encoder) -> list[nn.Module]:
@@ -113,6 +121,7 @@ def left_plain(encoder: Encoder) -> Iterator[None]:
     finally:
         for layer, compiled in kept:
             layer._compiled_call_impl = compiled
+            _hash_dropout(layer, compiled is not None)
 
 
 def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:

@@ -100,7 +100,7 @@ def without_some(x: Tensor, p: float, number: Tensor) -> Tensor:
     words = rows.view(*x.shape[:-1], 1) ^ columns
     words = words * _MIX[0]
     words = (words ^ ((words >> 15) & 0x1FFFF)) * _MIX[1]  # their lower bits would want more, and hardly count
-    return torch.where(words >= round(p * 2**32) - 2**31, x, 0)
+    return torch.where(words >= min(round(p * 2**32), 2**32 - 1) - 2**31, x, 0)
 
 
 @torch.library.custom_op("kalm::random_words", mutates_args=())

@@ -16,7 +16,11 @@ class LoraLinear(lora.Linear):
     """Compute what peft's layer computes; on a CPU in one operation, with a gradient of its own.
 
     That is for one adapter of plain matrices beside a frozen nn.Linear; anything else is left to peft.
+    hashes_dropout: what is dropped is told by a hash, which a compiler makes part of its own loops. It goes by layer and not by
+    whether a compiler is at work: one that gives up shall not drop other elements in the second pass of gradient caching.
     """
+
+    hashes_dropout = False
 
     @staticmethod
     def take_over(module: nn.Module) -> None:
@@ -41,7 +45,7 @@ class LoraLinear(lora.Linear):
         x, factor = x.to(computed_dtype(x)), self.scaling[name] / (1 - p)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         result: Tensor
-        if number is not None and _is_compiled():
+        if number is not None and self.hashes_dropout:
             result = _product_beside(x, without_some(x, p, number), base.weight, base.bias, a, b, factor)[0]
         else:
             result = _product(x, base.weight, base.bias, a, b, number, factor, float(p))[0]
@@ -136,11 +140,6 @@ def _backward(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tenso
 
 
 _product.register_autograd(_backward, setup_context=_keep)
-
-
-def _is_compiled() -> bool:
-    """Return whether a compiler reads this, which can make dropout a part of its own loops."""
-    return bool(torch.compiler.is_compiling())
 
 
 # What compiled layers call: the compiler makes x with dropout beside what x is made of, in one loop over memory, and again

@@ -51,7 +51,7 @@ BEFORE_KL = {"kl_weight": 0.0}
 """What a run whose settings do not name it was trained with."""
 
 ROW_TOKENS = {"cpu": 96, "cuda": 1024}
-"""Measured on a CPU (docs/log.md): attention is a sixth of a step at 256 tokens, a twelfth at 128; cut prefixes cost little."""
+"""Measured on a CPU (docs/log.md): short rows cost less attention; in rows of 64 cut prefixes cost more than they save."""
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 16384}
 """On a CPU what a pass costs in Python weighs less in 1,536 tokens than in 1,024; in more, groups of rows are padded more."""
 
