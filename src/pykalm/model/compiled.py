@@ -43,8 +43,8 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
-            _hash_dropout(layer, True)
             layer.compile(dynamic=True, options=_options(encoder.device))
+            _compute_by(layer, layer._compiled_call_impl)
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
         undo_compiling(encoder)
@@ -97,14 +97,15 @@ def _try(encoder: Encoder) -> None:
 def undo_compiling(encoder: Encoder) -> None:
     """Let layers compute as they did before they were compiled."""
     for layer in _layers(encoder):
-        layer._compiled_call_impl = None
-        _hash_dropout(layer, False)
+        _compute_by(layer, None)
 
 
-def _hash_dropout(layer: nn.Module, hashes: bool) -> None:
+def _compute_by(layer: nn.Module, compiled: Any) -> None:
+    """Let a layer compute by what was compiled, or plainly, and drop as that does."""
+    layer._compiled_call_impl = compiled
     for module in layer.modules():
         if isinstance(module, lora.LoraLinear):
-            module.hashes_dropout = hashes
+            module.hashes_dropout = compiled is not None
 
 
 def _layers(encoder: Encoder) -> list[nn.Module]:
@@ -120,8 +121,7 @@ def left_plain(encoder: Encoder) -> Iterator[None]:
         yield
     finally:
         for layer, compiled in kept:
-            layer._compiled_call_impl = compiled
-            _hash_dropout(layer, compiled is not None)
+            _compute_by(layer, compiled)
 
 
 def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,8 +108,7 @@ def without_some(x: Tensor, p: float, number: Tensor) -> Tensor:
 def random_words(x: Tensor, number: Tensor) -> Tensor:
     """Return a random int32 word for each of the N rows of x (..., width) and each of its columns (N + width,)."""
     count = x.numel() // x.shape[-1] + x.shape[-1]
-    words = np.random.Generator(_bits(int(number))).integers(1 << 64, size=-(-count // 2), dtype=np.uint64)
-    return torch.from_numpy(words.view(np.int32)[:count].copy())
+    return _random(count, np.dtype(np.int32), int(number))
 
 
 @random_words.register_fake
@@ -120,14 +120,19 @@ def _(x: Tensor, number: Tensor) -> Tensor:
 @torch.library.custom_op("kalm::random_bits", mutates_args=())
 def random_bits(x: Tensor, number: Tensor) -> Tensor:
     """Return a random int16 number for each of x, every one as likely, for the module of a number."""
-    generator = np.random.Generator(_bits(int(number)))
-    words = generator.integers(1 << 64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.int16)
-    return torch.from_numpy(words if len(words) == x.numel() else words[: x.numel()].copy())
+    return _random(x.numel(), np.dtype(np.int16), int(number))
 
 
 @random_bits.register_fake
 def _(x: Tensor, number: Tensor) -> Tensor:
     return torch.empty(x.numel(), dtype=torch.int16)
+
+
+def _random(count: int, dtype: "np.dtype[np.signedinteger[Any]]", number: int) -> Tensor:
+    """Return `count` random integers, every one of their kind as likely, for the module of a number."""
+    words = np.random.Generator(_bits(number)).integers(1 << 64, size=-(-count * dtype.itemsize // 8), dtype=np.uint64)
+    drawn = words.view(dtype)
+    return torch.from_numpy(drawn if len(drawn) == count else drawn[:count].copy())
 
 
 def _bits(number: int) -> np.random.SFC64:

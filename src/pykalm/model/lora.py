@@ -88,9 +88,7 @@ def _product(
         rows = _rows(x)
         drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         places = _filled_up(drawn, rows.numel(), p)
-        narrow = _without(rows, places) @ a.to(x.dtype).T
-        result = product(rows, weight, bias)
-        result.addmm_(narrow, _scaled(b, factor, x.dtype))
+        result, narrow = _adapted(rows, _without(rows, places), weight, bias, a, b, factor)
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
@@ -150,9 +148,7 @@ def _product_beside(
 ) -> tuple[Tensor, Tensor]:
     """Return x · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (..., out), in the dtype of x, and kept · Aᵀ (N, r)."""
     with torch.autocast("cpu", enabled=False):
-        narrow = _rows(kept) @ a.to(x.dtype).T
-        result = product(_rows(x), weight, bias)
-        result.addmm_(narrow, _scaled(b, factor, x.dtype))
+        result, narrow = _adapted(_rows(x), _rows(kept), weight, bias, a, b, factor)
     return result.view(*x.shape[:-1], len(weight)), narrow
 
 
@@ -198,6 +194,15 @@ def _backward_beside(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tupl
 
 
 _product_beside.register_autograd(_backward_beside, setup_context=_keep_beside)
+
+
+def _adapted(
+    rows: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Return rows · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (N, out), and kept · Aᵀ (N, r)."""
+    narrow = kept @ a.to(rows.dtype).T
+    result = product(rows, weight, bias)
+    return result.addmm_(narrow, _scaled(b, factor, rows.dtype)), narrow
 
 
 def _at_adapter(
