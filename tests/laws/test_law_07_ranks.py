@@ -156,6 +156,16 @@ def test_a_query_that_no_target_asks_is_left_out() -> None:
     assert columns(found) == brute_force((query, distinct, row_of_entity, targets, known))[4:]
 
 
+def test_as_many_targets_as_queries_are_not_one_of_each() -> None:
+    """Query 0 is asked for two targets and query 1 for none, in one chunk; so are 5 and 4."""
+    query, distinct, row_of_entity, targets, (offsets, known) = random_case(9, num_queries=6, num_entities=30)
+    query_of_target = np.array([0, 0, 2, 3, 5, 5])
+    answers = [known[offsets[q] : offsets[q + 1]] for q in query_of_target]
+    apart = np.concatenate([[0], np.cumsum([len(entities) for entities in answers])]), np.concatenate(answers)
+    found = run((query, distinct, row_of_entity, targets, (offsets, known)), query_of_target=query_of_target)
+    assert columns(found) == brute_force((query[query_of_target], distinct, row_of_entity, targets, apart))
+
+
 def test_narrow_vectors_are_ranked_by_their_float32_scores() -> None:
     # Whole numbers are the same in float16; the queries stay float32.
     query, distinct, *rest = random_case(5, num_queries=20, num_entities=50)

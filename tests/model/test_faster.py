@@ -1,6 +1,8 @@
 """Claims about what makes a pass faster and changes nothing: dropout's numbers, attention by products, compiled layers."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +204,25 @@ def test_a_compiler_is_told_what_the_operations_return(dtype: torch.dtype) -> No
         torch.ops.kalm.lora_product_beside.default, (x, kept, weight, None, a, b, 2.0), test_utils=checks
     )
     torch.library.opcheck(torch.ops.kalm.random_words.default, (x.detach(), torch.tensor(3)), test_utils=checks[:1])
+
+
+def test_what_is_kept_compiled_is_kept_under_the_sources_of_all_our_operations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch looks into none of them, and would call a new version as it called the old one."""
+    package = Path(compiled.__file__).parents[1]
+    with_operations = {file for file in package.rglob("*.py") if "custom_op(" in file.read_text(encoding="utf-8")}
+    assert with_operations == {Path(str(module.__file__)) for module in compiled.WITH_OPERATIONS}
+
+    def kept_under(source: str) -> str:
+        (tmp_path / "operations.py").write_text(source, encoding="utf-8")
+        compiled._operations.cache_clear()
+        return str(compiled._options(torch.device("cpu"))["aot_inductor.metadata"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "WITH_OPERATIONS", [SimpleNamespace(__file__=str(tmp_path / "operations.py"))])
+        assert kept_under("one") == kept_under("one") != kept_under("another")
+    compiled._operations.cache_clear()
 
 
 def test_gradient_checkpointing_and_compiled_layers_do_not_go_together() -> None:

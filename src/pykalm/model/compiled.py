@@ -1,7 +1,6 @@
 """Compiled layers: torch.compile fuses what stands between the products of a layer, for rows of any number and length."""
 
 import hashlib
-import inspect
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
@@ -25,6 +24,10 @@ from pykalm.text.trie import RowGroup, build_trie, row_group
 FORMS = 64
 """Forms of a layer that are compiled when they are met; by default eight, and others are left slow. With and without gradient,
 dropout, a mask, an input that learns, one row and more, these come to more."""
+
+
+WITH_OPERATIONS = dropout, lora, matmul_attention, packed_weights
+"""The modules that hold operations of ours, which compiled code calls as they are."""
 
 
 def compile_layers(encoder: Encoder) -> None:
@@ -72,9 +75,7 @@ def _options(device: torch.device) -> dict[str, Any]:
 @cache
 def _operations() -> str:
     """Return a digest of the sources of our operations."""
-    sources = [
-        Path(inspect.getfile(module)).read_bytes() for module in (dropout, lora, matmul_attention, packed_weights)
-    ]
+    sources = [Path(str(module.__file__)).read_bytes() for module in WITH_OPERATIONS]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
