@@ -1,6 +1,7 @@
 """Law 1: a packed trie gives what separate passes give: embeddings, losses, gradients, in all model families."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,10 +13,10 @@ from transformers import AttentionInterface
 from pykalm.graph.graph import IntArray
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import StepLoss
-from pykalm.model import attention, matmul_attention, packing
+from pykalm.model import attention, matmul_attention, packing, unpadded
 from pykalm.model.encoder import Encoder
 from pykalm.model.packing import choose_passes, packed_difference
-from pykalm.text.trie import build_trie
+from pykalm.text.trie import build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import (
     build_batch,
@@ -118,15 +119,47 @@ def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
             require_loops(encoder, verbalizer, loss, packed, what=(family, faster))
 
 
+def test_rows_end_to_end_give_what_separate_passes_give() -> None:
+    """Groups of rows of several lengths, which attention alone pads; in both precisions the loss is that of padded rows."""
+    for family in WITHOUT_PADDING:
+        encoder, verbalizer = tiny_encoder(family, row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
+        own = encoder.attention
+        encoder.use_attention(matmul_attention.NAME)
+        encoder.reads_unpadded = True
+        batch = build_batch(encoder, verbalizer)
+        lengths = [batch.trie.row_lengths[rows] for rows in batch.trie.chunks(encoder.chunk_tokens)]
+        assert max(len(set(part.tolist())) for part in lengths) > 1
+        loss, packed = gradients(encoder, batch)
+        encoder.use_attention(own)
+        require_loops(encoder, verbalizer, loss, packed, what=(family,))
+
+
+def test_rows_end_to_end_are_no_other_bits_than_padded_rows() -> None:
+    """In bfloat16 too: a product of more rows rounds each as before, and what padding sees is seen by padding alone."""
+    encoder, verbalizer = tiny_encoder(precision="bf16", row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
+    encoder.use_attention(matmul_attention.NAME)
+    trie = build_batch(encoder, verbalizer).trie
+    for rows in trie.chunks(encoder.chunk_tokens):
+        group, states = row_group(trie, rows), []
+        for encoder.reads_unpadded in (False, True):
+            states.append(encoder(group, shared=True)[torch.from_numpy(np.flatnonzero(group.nodes >= 0))])
+        assert (states[0] == states[1]).all()
+
+
 def test_most_families_take_the_faster_attention() -> None:
     """Falcon, say, computes attention in its own way; where the start check does not see the faster one, it is not used."""
-    verbalizer, fast = tiny_verbalizer(tiny_graph()), set()
+    verbalizer, fast, end_to_end = tiny_verbalizer(tiny_graph()), set(), set()
     for family in FAMILIES:
         encoder = tiny_encoder(family)
         choose_passes(encoder, verbalizer)
         fast |= {family} if encoder.attention == matmul_attention.NAME else set()
+        end_to_end |= {family} if encoder.unpadded else set()
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"} <= fast
+    assert set(WITHOUT_PADDING) == end_to_end == fast
 
+
+WITHOUT_PADDING = ("llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi")
+"""Families that hand on to their attention what a pass is called with, and so read rows end to end."""
 
 # ada knows all others and four know her: a hub of nine triples of fourteen, with five tails of one query.
 HUB = [*((0, 0, other) for other in range(1, 6)), *((other, 1, 0) for other in range(1, 5)),
@@ -261,6 +294,28 @@ def subtree_ends_one_late() -> AbstractContextManager[None]:
     return replaced(attention, "visible", lambda ends, depths, window=None: right(ends + 1, depths, window))
 
 
+def vectors_come_from_the_next_row() -> AbstractContextManager[None]:
+    """Take what keys and values attention reads from one row too far; queries, and what goes back, are right."""
+    right = unpadded._places
+
+    def wrong(*arguments: Any) -> unpadded.Places:
+        places = right(*arguments)
+        return places._replace(keys=places.keys.roll(1, dims=0))
+
+    return replaced(unpadded, "_places", wrong)
+
+
+def gradients_go_back_to_the_next_head() -> AbstractContextManager[None]:
+    """Hand every gradient at a key, or a value, to the one that stands after it."""
+    right = unpadded._places
+
+    def wrong(*arguments: Any) -> unpadded.Places:
+        places = right(*arguments)
+        return places._replace(from_keys=places.from_keys.roll(1))
+
+    return replaced(unpadded, "_places", wrong)
+
+
 def attention_forgets_its_scale() -> AbstractContextManager[None]:
     """Take the products of queries and keys as they are, for every head width; the registered function is replaced."""
     right = matmul_attention.matmul_attention
@@ -278,4 +333,9 @@ BREAKS = {
 }
 CHECKS = dict.fromkeys(BREAKS, "test_packed_trie_equals_separate_passes")
 BREAKS["attention forgets its scale"] = attention_forgets_its_scale
+for name, broken in {
+    "vectors come from the next row": vectors_come_from_the_next_row,
+    "gradients go back to the next head": gradients_go_back_to_the_next_head,
+}.items():
+    BREAKS[name], CHECKS[name] = broken, "test_rows_end_to_end_give_what_separate_passes_give"
 CHECKS["attention forgets its scale"] = "test_attention_by_matrix_products_gives_what_separate_passes_give"

@@ -10,12 +10,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from pykalm.errors import ModelError
-from pykalm.model import compiled
+from pykalm.model import compiled, unpadded
 from pykalm.model.compiled import compile_layers
 from pykalm.model.dropout import Dropout
 from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME, matmul_attention
-from pykalm.text.trie import row_group
+from pykalm.text.trie import build_trie, row_group
 from tests.laws.common import build_batch, gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -88,6 +88,33 @@ def test_attention_by_products_stays_finite_where_padding_at_the_left_sees_nothi
         model.set_attn_implementation(NAME)
         found = model(input_ids=texts, attention_mask=real).logits
     assert torch.allclose(found[real == 1], wanted[real == 1], atol=0.1)
+
+
+def test_rows_end_to_end_are_attended_to_as_padded_rows_are_with_dropout_and_without() -> None:
+    """Rows of 40 and 37, four heads for two; dropout of the weights draws the same numbers for both. Gradients too."""
+    trie = build_trie(
+        [np.arange(number, number + length) for number, length in ((0, 40), (50, 30), (90, 7))], row_tokens=40
+    )
+    group, generator = row_group(trie, np.arange(2)), torch.Generator().manual_seed(0)
+    given = unpadded.arguments(SimpleNamespace(num_attention_heads=4, num_key_value_heads=2), group, torch.float32)
+    places, inside = given[unpadded.ARGUMENT], torch.from_numpy(np.flatnonzero(group.nodes >= 0))
+    parts = [torch.randn(1, heads, 77, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    padded = [
+        unpadded.by_row(part, where).view(2, -1, 40, 8)
+        for part, where in zip(parts, (places.queries, places.keys, places.keys), strict=True)
+    ]
+    for dropout in (0.0, 0.5):
+        results = []
+        for query, mask, options in (
+            (parts, given["attention_mask"], {unpadded.ARGUMENT: places}),
+            (padded, given["attention_mask"].view(2, 1, 40, 40), {}),
+        ):
+            torch.manual_seed(0)
+            mixed, _ = matmul_attention(torch.nn.Linear(1, 1), *query, mask, dropout=dropout, **options)
+            results.append(mixed.reshape(-1, 4, 8)[... if options else inside])
+        assert torch.equal(*results)
+        found = [torch.autograd.grad(mixed.square().sum(), parts, retain_graph=True) for mixed in results]
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
 
 
 def test_attention_by_products_refuses_what_it_does_not_compute() -> None:
@@ -188,20 +215,27 @@ def test_a_mask_that_learns_has_its_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiler_is_told_what_the_operations_return(dtype: torch.dtype) -> None:
-    """Values of another width than queries, a mask, keys that are no whole vectors; LoRA with dropout and without."""
+    """Values of another width, a mask, keys that are no whole vectors, rows end to end; LoRA with dropout and without."""
     query, key = torch.randn(2, 4, 40, 8, dtype=dtype), torch.randn(2, 2, 40, 8, dtype=dtype)
     value, mask = torch.randn(2, 2, 40, 6, dtype=dtype), torch.zeros(2, 1, 40, 40, dtype=dtype)
     parts = [part.requires_grad_() for part in (query, key, value)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.kalm.attend.default, (*parts, mask, 0.3), test_utils=checks)
+    torch.library.opcheck(torch.ops.kalm.attend.default, (*parts, mask, *[None] * 4), test_utils=checks)
+    inside = np.arange(40) < np.array([40, 33])[:, None]
+    missing = unpadded.missing_lanes(40, dtype)
+    end_to_end = [torch.randn(1, *part.shape[1:], dtype=dtype) for part in (query, key, value)]
+    chained = [torch.cat([part, part], dim=2)[:, :, : inside.sum()].requires_grad_() for part in end_to_end]
+    by_query, places = torch.zeros(1, 1, 80, 40 + missing, dtype=dtype), unpadded._places(inside, missing, 4, 2)
+    torch.library.opcheck(torch.ops.kalm.attend.default, (*chained, by_query, *places), test_utils=checks)
     x, weight = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True), torch.randn(6, 8, dtype=dtype)
     a, b = (torch.randn(shape, requires_grad=True) for shape in ((2, 8), (6, 2)))
+    small = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 8), (2, 6)))
     for number, p in ((None, 0.0), (torch.tensor(3), 0.3)):
         arguments = (x, weight, None, a, b, number, 2.0, p)
         torch.library.opcheck(torch.ops.kalm.lora_product.default, arguments, test_utils=checks)
     kept = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.kalm.lora_product_beside.default, (x, kept, weight, None, a, b, 2.0), test_utils=checks
+        torch.ops.kalm.lora_product_beside.default, (x, kept, weight, None, *small), test_utils=checks
     )
     torch.library.opcheck(torch.ops.kalm.random_words.default, (x.detach(), torch.tensor(3)), test_utils=checks[:1])
 

@@ -131,10 +131,9 @@ class KalmSystem:
                 encoder, batch, self.run.config.objective, memory_tokens=self.run.config.training.memory_tokens
             )
         update(encoder, self.optimizer)
-        lengths = batch.trie.row_lengths
         return Work(
             num_triples=batch.num_triples,
-            num_tokens=sum(int(lengths[rows].max()) * len(rows) for rows in batch.trie.chunks(encoder.chunk_tokens)),
+            num_tokens=round(batch.trie.num_nodes / encoder.fill(batch.trie)),
             num_real_tokens=batch.trie.num_nodes,
             host_seconds=built.seconds + self.order_seconds,
             batch=batch,

@@ -211,7 +211,8 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     keeps_graph = max(int(trie.row_lengths[rows].sum()) for rows in shares) <= memory_tokens
     at_once = chunks_that_fit(encoder, None if keeps_graph else memory_tokens)
     # Cut for all that could be at once, whether memory lets them or not: their dropout goes by chunk.
-    chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, encoder.chunks_at_once()) for rows in shares]
+    at_most, padded = encoder.chunks_at_once(), not encoder.unpadded
+    chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, at_most, padded=padded) for rows in shares]
     groups = [row_group(trie, rows) for rows in chunked[rank()]]
     pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
     owners = owner_of_row[trie.rows_of(pooled_nodes)]
@@ -238,14 +239,20 @@ def chunks_that_fit(encoder: Encoder, memory_tokens: int | None = None) -> int:
     return num_workers(min(most))
 
 
-def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int) -> list[IntArray]:
-    """Group rows into chunks of at most `most` tokens, with which those that are computed at once have as much to do."""
+def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int, *, padded: bool = True) -> list[IntArray]:
+    """Group rows into chunks of at most `most` tokens, with which those that are computed at once have as much to do.
+
+    padded: a chunk takes as long as its tokens and its padding, else as its tokens alone.
+    """
     if not len(rows):
         return []
-    tokens = int(trie.row_lengths[rows].sum())
-    wanted = at_once * math.ceil(tokens / (at_once * most))
+    lengths = trie.row_lengths[rows]
+    tokens, room = int(lengths.sum()), most if padded else max(1, most - int(lengths.max()))
+    wanted = at_once * math.ceil(tokens / (at_once * room))
     if at_once == 1 or tokens < wanted * LEAST_CHUNK_TOKENS:
         return trie.chunks(min(most, LEAST_CHUNK_TOKENS) if at_once > 1 else most, rows)
+    if not padded:
+        return trie.parts(wanted, rows)
     sizes = np.linspace(tokens / wanted, most, SIZES).astype(int).tolist()
     return next((chunks for size in sizes if len(chunks := trie.chunks(size, rows)) <= wanted), trie.chunks(most, rows))
 

@@ -190,7 +190,7 @@ class Trainer:
             gradient_norm=norm,
             examples_per_second=batch.num_triples / speed.last,
             tokens_per_second=batch.trie.num_nodes / speed.last,
-            fill=batch.trie.fill(self.encoder.chunk_tokens),
+            fill=self.encoder.fill(batch.trie),
             seconds_left=seconds * (self.num_steps - progress.step),
             valid_mrr=mrr,
         )

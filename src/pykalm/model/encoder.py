@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
+from pykalm.model import unpadded
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
 from pykalm.model.layers import computing_in, find_layers
@@ -34,7 +35,8 @@ class Encoder(nn.Module):
     """Map texts to unit vectors: the last layer's state (after the final norm) at a text's last token. METHOD.md §1.
 
     With pooling "mean" it is the mean over all tokens of the text. Knows nothing of strings. `packed` says whether the
-    texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. log(1/τ) is a
+    texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. `reads_unpadded` says
+    whether it takes a trie's rows end to end, with an attention that can tell them apart. log(1/τ) is a
     parameter here, so it is optimised and saved with the model. In eval mode until a trainer calls train(); dropout
     then is that of the model's own config, plus the adapter's.
     """
@@ -58,7 +60,7 @@ class Encoder(nn.Module):
         self.source_fingerprint = source_fingerprint
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
-        self.wanted_attention, self.pooling = attention, pooling
+        self.wanted_attention, self.pooling, self.reads_unpadded = attention, pooling, False
         self._moves: bool | None = None
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
@@ -89,6 +91,11 @@ class Encoder(nn.Module):
         """Compute attention in another way from now on, by the name that transformers has for it."""
         if name != self.attention:
             self.causal_lm.set_attn_implementation(name)
+
+    @property
+    def unpadded(self) -> bool:
+        """Return whether passes over a trie's rows compute no padding, but in attention."""
+        return self.reads_unpadded and self.attention == MATMUL_ATTENTION
 
     def faster_attentions(self) -> list[str]:
         """Name what to try before the model's own attention on this device, for models that let it be chosen."""
@@ -175,8 +182,18 @@ class Encoder(nn.Module):
         """Put texts into one trie, or one text a row where the model needs separate passes."""
         return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
 
+    def fill(self, trie: TokenTrie) -> float:
+        """Return the share of nodes among the tokens that passes over a trie compute."""
+        return 1.0 if trie.shared and self.unpadded else trie.fill(self.chunk_tokens)
+
     def forward(self, group: RowGroup, *, shared: bool) -> Tensor:
         """Return the states (rows · width, D) of a group of rows, flattened, with gradient where that is on."""
+        if shared and self.unpadded:
+            with self.precision():
+                read = self.causal_lm.base_model(
+                    use_cache=False, **unpadded.arguments(self.causal_lm.config, group, self.compute_dtype)
+                )
+            return unpadded.padded(read[0][0], group)
         token_ids, depths, ends = (
             torch.from_numpy(part).to(self.device) for part in (group.token_ids, group.depths, group.ends)
         )

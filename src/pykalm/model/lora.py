@@ -46,7 +46,8 @@ class LoraLinear(lora.Linear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         result: Tensor
         if number is not None and self.hashes_dropout:
-            result = _product_beside(x, without_some(x, p, number), base.weight, base.bias, a, b, factor)[0]
+            small = a.to(x.dtype), (b * factor).to(x.dtype).T.contiguous()
+            result = _product_beside(x, without_some(x, p, number), base.weight, base.bias, *small)[0]
         else:
             result = _product(x, base.weight, base.bias, a, b, number, factor, float(p))[0]
         return result
@@ -88,7 +89,8 @@ def _product(
         rows = _rows(x)
         drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         places = _filled_up(drawn, rows.numel(), p)
-        result, narrow = _adapted(rows, _without(rows, places), weight, bias, a, b, factor)
+        small = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
+        result, narrow = _adapted(rows, _without(rows, places), weight, bias, *small)
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
@@ -109,7 +111,9 @@ def _gradients(
     """Return the gradients at x (empty unless it is asked for), A and B."""
     with torch.autocast("cpu", enabled=False):
         above = _rows(gradient)
-        at_narrow, at_a, at_b = _at_adapter(above, _without(_rows(x), places), narrow, a, b, factor)
+        scaled = _scaled(b, factor, above.dtype)
+        at_narrow, at_a, at_b = _at_adapter(above, _without(_rows(x), places), narrow, scaled)
+        at_a, at_b = at_a.to(a.dtype), (at_b.T.to(b.dtype) * factor).contiguous()
         if not at_input:
             return x.new_empty(0), at_a, at_b
         at_x = gradient_at_rows(above, weight)
@@ -141,81 +145,75 @@ _product.register_autograd(_backward, setup_context=_keep)
 
 
 # What compiled layers call: the compiler makes x with dropout beside what x is made of, in one loop over memory, and again
-# for the gradient.
+# for the gradient; and A and B as products take them.
 @torch.library.custom_op("kalm::lora_product_beside", mutates_args=())
 def _product_beside(
-    x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
+    x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return x · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (..., out), in the dtype of x, and kept · Aᵀ (N, r)."""
+    """Return x · Wᵀ + bias + kept · aᵀ · b (..., out), and kept · aᵀ (N, r), all in the dtype of x; a (r, in), b (r, out)."""
     with torch.autocast("cpu", enabled=False):
-        result, narrow = _adapted(_rows(x), _rows(kept), weight, bias, a, b, factor)
+        result, narrow = _adapted(_rows(x), _rows(kept), weight, bias, a, b)
     return result.view(*x.shape[:-1], len(weight)), narrow
 
 
 @_product_beside.register_fake
-def _(
-    x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
 @torch.library.custom_op("kalm::lora_gradients_beside", mutates_args=())
 def _gradients_beside(
-    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, factor: float, at_input: bool
+    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, at_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients at x and at kept (empty unless they are asked for), A and B."""
+    """Return the gradients at x and at kept (empty unless they are asked for), a and b."""
     with torch.autocast("cpu", enabled=False):
         above, nothing = _rows(gradient), kept.new_empty(0)
-        at_narrow, at_a, at_b = _at_adapter(above, _rows(kept), narrow, a, b, factor)
+        at_narrow, at_a, at_b = _at_adapter(above, _rows(kept), narrow, b)
         if not at_input:
             return nothing, nothing.clone(), at_a, at_b
-        at_x, at_kept = gradient_at_rows(above, weight), at_narrow.T @ a.to(above.dtype)
+        at_x, at_kept = gradient_at_rows(above, weight), at_narrow.T @ a
     return at_x.view(kept.shape), at_kept.view(kept.shape), at_a, at_b
 
 
 @_gradients_beside.register_fake
 def _(
-    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, factor: float, at_input: bool
+    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, at_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = kept.shape if at_input else 0
-    return kept.new_empty(shape), kept.new_empty(shape), torch.empty_like(a), torch.empty_like(b)
+    return kept.new_empty(shape), kept.new_empty(shape), a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 def _keep_beside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, kept, weight, _, a, b, ctx.factor = inputs
+    _, kept, weight, _, a, b = inputs
     ctx.save_for_backward(kept, weight, a, b, output[1])
 
 
 def _backward_beside(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients at x, kept, A and B, where they are asked for."""
+    """Return the gradients at x, kept, a and b, where they are asked for."""
     at_input = bool(ctx.needs_input_grad[0])
-    at_x, at_kept, at_a, at_b = _gradients_beside(gradient, *ctx.saved_tensors, ctx.factor, at_input)
-    return (at_x, at_kept, None, None, at_a, at_b, None) if at_input else (None, None, None, None, at_a, at_b, None)
+    at_x, at_kept, at_a, at_b = _gradients_beside(gradient, *ctx.saved_tensors, at_input)
+    return (at_x, at_kept, None, None, at_a, at_b) if at_input else (None, None, None, None, at_a, at_b)
 
 
 _product_beside.register_autograd(_backward_beside, setup_context=_keep_beside)
 
 
 def _adapted(
-    rows: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: float
+    rows: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return rows · Wᵀ + bias + factor · kept · Aᵀ · Bᵀ (N, out), and kept · Aᵀ (N, r)."""
-    narrow = kept @ a.to(rows.dtype).T
-    result = product(rows, weight, bias)
-    return result.addmm_(narrow, _scaled(b, factor, rows.dtype)), narrow
+    """Return rows · Wᵀ + bias + kept · aᵀ · b (N, out), and kept · aᵀ (N, r)."""
+    narrow = kept @ a.T
+    return product(rows, weight, bias).addmm_(narrow, b), narrow
 
 
-def _at_adapter(
-    above: Tensor, kept: Tensor, narrow: Tensor, a: Tensor, b: Tensor, factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients at A · keptᵀ (r, N), at A and at B; above (N, out): that at the result, narrow: kept · Aᵀ (N, r).
+def _at_adapter(above: Tensor, kept: Tensor, narrow: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients at a · keptᵀ (r, N), at a (r, in) and at b (r, out).
 
-    The few rows of a product come first, which is faster than its few columns last.
+    above (N, out): that at the result, narrow: kept · aᵀ (N, r). The few rows of a product come first, which is faster than
+    its few columns last.
     """
-    at_narrow = _scaled(b, factor, above.dtype) @ above.T
-    at_a = (at_narrow @ kept).to(a.dtype)
-    at_b = ((narrow.T @ above).T.to(b.dtype) * factor).contiguous()
-    return at_narrow, at_a, at_b
+    at_narrow = b @ above.T
+    return at_narrow, at_narrow @ kept, narrow.T @ above
 
 
 def _scaled(b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pykalm.model.layers import computed_dtype
+from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes
 
 NAME = "kalm_matmul"
-
-LANES = 32
-"""Numbers in bfloat16 that softmax reads at once; those beyond whole vectors it reads one by one, which can double its time."""
 
 # What some families hand to their attention that changes its result, and that is not computed here.
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "sinks")
@@ -36,110 +34,133 @@ def matmul_attention(
     """Return softmax(query · keyᵀ · scaling + mask) · value as (rows, T, H, d), in the form transformers asks for.
 
     query (rows, H, T, d); key, value (rows, K, S, d), each for H / K heads of queries, which are read as one longer head
-    so that nothing is repeated; attention_mask (rows, 1, T, S), added. Raises ValueError for what other families ask of
-    their attention: the check at the start then takes another one.
+    so that nothing is repeated; attention_mask (rows, 1, T, S), added. With the places of rows that stand end to end
+    (`unpadded.ARGUMENT`) they are (1, heads, N, d), the mask (1, 1, rows · T, S), and the result (1, N, H, d). Raises
+    ValueError for what other families ask of their attention: the check at the start then takes another one.
     """
     if asked := [name for name in UNKNOWN if options.get(name) is not None]:
         raise ValueError(f"{NAME}: {', '.join(asked)} not computed here")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     # Autocast ends inside an operation, and in its gradient it is off.
     query, key, value = (part.to(computed_dtype(part)) for part in (query, key, value))
+    query = query * scale  # here, where a compiler makes it part of another loop
+    places: tuple[Tensor | None, ...] = options.get(ARGUMENT) or (None,) * 4
     drops = dropout if module.training else 0.0
     if drops or (attention_mask is not None and attention_mask.requires_grad):
-        weights, value = _weights(query, key, value, attention_mask, scale)
-        return _mixed(F.dropout(weights, p=drops), value), None
-    mixed: Tensor = _attend(query, key, value, attention_mask, scale)[0]
-    return mixed, None
+        weights, values = _weights(query, key, value, attention_mask, *places[:2])
+        mixed = torch.bmm(F.dropout(weights, p=drops), values)
+        return _unfolded(mixed, query.shape, places[2]), None
+    return _attend(query, key, value, attention_mask, *places)[0], None
 
 
 # Operations of their own: a compiler fuses a softmax with what pads and transposes it, which here is several times slower.
 @torch.library.custom_op("kalm::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return what is mixed (rows, T, H, d), and the weights (rows, H, T, S or more) by which, for the gradient."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
+    from_queries: Tensor | None, from_keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what is mixed (rows, T, H, d), and the weights (rows · K, H / K · T, S or more) by which, for the gradient."""
     with torch.autocast("cpu", enabled=False):
-        weights, value = _weights(query, key, value, mask, scale)
-        return _mixed(weights, value), weights
+        weights, values = _weights(query, key, value, mask, queries, keys)
+        return _unfolded(torch.bmm(weights, values), query.shape, from_queries), weights
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
+    from_queries: Tensor | None, from_keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, heads, length, _ = query.shape
-    keys = key.shape[2] + (0 if mask is None else _missing(key))
-    return value.new_empty(rows, length, heads, value.shape[3]), value.new_empty(rows, heads, length, keys)
+    groups = key.shape[1]
+    mixed = value.new_empty(rows, length, heads, value.shape[3])
+    if mask is not None and queries is not None:
+        return mixed, value.new_empty(queries.shape[0] * groups, queries.shape[1] // groups, mask.shape[3])
+    seen = key.shape[2] + (0 if mask is None else missing_lanes(key.shape[2], key.dtype))
+    return mixed, value.new_empty(rows * groups, heads // groups * length, seen)
 
 
 @torch.library.custom_op("kalm::attend_gradients", mutates_args=())
 def _gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
+    keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients at query, key and value."""
     with torch.autocast("cpu", enabled=False):
-        rows, groups, length, _ = key.shape
-        key, value = (F.pad(part, (0, 0, 0, weights.shape[3] - length)) for part in (key, value))
-        above, asked, by = (_folded(part, groups) for part in (gradient.transpose(1, 2), query, weights))
-        keys, values = (_folded(part, groups) for part in (key, value))
+        groups, seen = key.shape[1], weights.shape[2]
+        above, asked = (_folded(part, groups, queries) for part in (gradient.transpose(1, 2), query))
+        by, values = (_folded(part, groups, keys, seen=seen) for part in (key, value))
         at_weights = torch.bmm(above, values.transpose(1, 2))
-        at_scores = torch._softmax_backward_data(at_weights, by, -1, by.dtype)
-        at_query = torch.bmm(at_scores, keys).mul_(scale).view(query.shape)
-        at_key = torch.bmm(at_scores.transpose(1, 2), asked).mul_(scale)
-        at_value = torch.bmm(by.transpose(1, 2), above)
-        at_key, at_value = (part.view(rows, groups, *part.shape[1:])[:, :, :length] for part in (at_key, at_value))
-        return at_query, at_key.contiguous(), at_value.contiguous()
+        at_scores = torch._softmax_backward_data(at_weights, weights, -1, weights.dtype)
+        at_query = _unfolded(torch.bmm(at_scores, by), query.shape, from_queries)
+        at_key = _unfolded(torch.bmm(at_scores.transpose(1, 2), asked), key.shape, from_keys)
+        at_value = _unfolded(torch.bmm(weights.transpose(1, 2), above), value.shape, from_keys)
+        return at_query.transpose(1, 2), at_key.transpose(1, 2), at_value.transpose(1, 2)
 
 
 @_gradients.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
+    keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    at_query, at_key, at_value = (
+        part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in (query, key, value)
+    )
+    return at_query, at_key, at_value
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, _, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, output[1])
+    query, key, value, _, *places = inputs
+    ctx.save_for_backward(query, key, value, output[1], *places)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_gradients(gradient, *ctx.saved_tensors, ctx.scale), None, None
+    return *_gradients(gradient, *ctx.saved_tensors), *(None,) * 5
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
 
 
-def _weights(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the weights (rows, H, T, S or more) of the softmax, and value with as many rows."""
-    if mask is not None and (missing := _missing(key)):
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights (rows · K, H / K · T, S or more) of the softmax, and folded value with as many rows."""
+    groups, heads, seen = key.shape[1], query.shape[1], None
+    if mask is not None and queries is None and (missing := missing_lanes(key.shape[2], key.dtype)):
         # Keys that nothing sees, so that there are whole vectors of them.
         mask = F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)
-        key, value = (F.pad(part, (0, 0, 0, missing)) for part in (key, value))
-    rows, heads, length, _ = query.shape
-    groups = key.shape[1]
-    scores = torch.bmm(_folded(query * scale, groups), _folded(key, groups).transpose(1, 2))
-    scores = scores.view(rows, heads, length, -1)
+    if mask is not None:
+        seen = mask.shape[3]
+    asked = _folded(query, groups, queries)
+    by, values = (_folded(part, groups, keys, seen=seen) for part in (key, value))
+    scores = torch.bmm(asked, by.transpose(1, 2))
     if mask is not None:
         # A wider mask, as of float32 weights under autocast, makes wider scores: rounded, its least number were -inf, and
         # what sees nothing, as padding at the left, NaN.
-        scores = scores.add_(mask) if mask.dtype == scores.dtype else scores + mask
-    return torch.softmax(scores, dim=-1).to(value.dtype), value
+        rows = by.shape[0] // groups
+        by_head = scores.view(rows, heads, -1, mask.shape[3])
+        mask = mask if queries is None else mask.view(rows, 1, -1, mask.shape[3])
+        scores = (by_head.add_(mask) if mask.dtype == scores.dtype else by_head + mask).view(scores.shape)
+    return torch.softmax(scores, dim=-1).to(value.dtype), values
 
 
-def _mixed(weights: Tensor, value: Tensor) -> Tensor:
-    """Return weights (rows, H, T, S) · value (rows, K, S, d) as (rows, T, H, d)."""
-    rows, heads, length, _ = weights.shape
-    groups = value.shape[1]
-    mixed = torch.bmm(_folded(weights, groups), _folded(value, groups))
-    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous()
+def _folded(part: Tensor, groups: int, places: Tensor | None, *, seen: int | None = None) -> Tensor:
+    """Return (rows, heads, T, d) as (rows · groups, heads / groups · T, d): the heads of a group are one longer head.
+
+    By their places, where rows stand end to end; else with 0 up to so many keys that are seen.
+    """
+    if places is not None:
+        part = by_row(part, places)
+    elif seen is not None and seen > part.shape[2]:
+        part = F.pad(part, (0, 0, 0, seen - part.shape[2]))
+    return part.reshape(part.shape[0] * groups, -1, part.shape[-1])
 
 
-def _folded(part: Tensor, groups: int) -> Tensor:
-    """Return (rows, H, T, x) as (rows · groups, H / groups · T, x): the heads of a group are one longer head."""
-    rows, heads, length, width = part.shape
-    return part.reshape(rows * groups, heads // groups * length, width)
-
-
-def _missing(key: Tensor) -> int:
-    """Return how many keys in bfloat16 (rows, K, S, d) are missing to whole vectors of LANES, where they fill one at least."""
-    return -key.shape[2] % LANES if key.dtype == torch.bfloat16 and key.shape[2] >= LANES else 0
+def _unfolded(part: Tensor, shape: torch.Size, places: Tensor | None) -> Tensor:
+    """Return what is folded as (rows, T, heads, d), where it came from a tensor of `shape` (rows, heads, T, ...)."""
+    rows, heads, length = shape[:3]
+    if places is not None:
+        return end_to_end(part, places, heads)
+    return part.view(rows, heads, -1, part.shape[-1])[:, :, :length].transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, matmul_attention)

@@ -9,6 +9,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import is_out_of_memory
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
+from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pretrained import vocabulary_size
 from pykalm.model.sharding import give_back
 from pykalm.processes import any_of
@@ -97,7 +98,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     """Let the encoder share prefixes where its model reads a trie exactly; else let it take separate passes and say so.
 
     Real texts of the graph are read alone, with the model's own attention, and in a trie, with the fastest attention
-    that gives the same vectors, or with the model's own. METHOD.md §6.
+    that gives the same vectors, or with the model's own; where that can be, without padding. METHOD.md §6.
     """
     texts = _sample_texts(verbalizer)
     _require_known_tokens(encoder, texts)
@@ -117,6 +118,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
             (refuses,) = any_of([not _learns_like(encoder, own, texts)])  # in any process
             encoder.packed = not refuses
         if encoder.packed:
+            encoder.reads_unpadded = attention == MATMUL_ATTENTION and _reads_unpadded(encoder, texts, alone, allowed)
             return
         if attention == FLEX:
             log.warning("kalm: %s does not read a token trie exactly by FlexAttention; taking %s: slower.", name, own)
@@ -124,6 +126,21 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
         "kalm: %s cannot share what texts begin with: its vectors would be %.2g away from those of texts read alone (%.2g "
         "allowed). Taking separate passes: same result, slower.", name, difference, allowed,
     )  # fmt: skip
+
+
+def _reads_unpadded(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> bool:
+    """Return whether the model reads rows end to end as it reads texts alone; tried on many rows, all in one pass."""
+    encoder.reads_unpadded = True
+    try:
+        vectors = _embed_as(encoder, texts, packed=True, row_tokens=1, chunk_tokens=sum(map(len, texts)))
+    except REFUSALS[False] as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("%s takes no rows end to end (%s)", type(encoder.causal_lm).__name__, error)
+        return False
+    finally:
+        encoder.reads_unpadded = False
+    return _largest_distance(vectors, alone) <= allowed
 
 
 def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor) -> tuple[float, float]:

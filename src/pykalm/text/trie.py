@@ -70,6 +70,14 @@ class TokenTrie:
             rows = rows[fit:]
         return groups
 
+    def parts(self, count: int, rows: IntArray) -> list[IntArray]:
+        """Group rows, long ones first, into at most `count` parts of as many tokens, but for a row of each."""
+        rows = rows[np.argsort(-self.row_lengths[rows], kind="stable")]
+        lengths = self.row_lengths[rows]
+        middles = np.cumsum(lengths) - lengths / 2
+        bounds = np.searchsorted(middles, lengths.sum() * np.arange(1, count) / count)
+        return [np.sort(part) for part in np.split(rows, bounds) if len(part)]
+
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
