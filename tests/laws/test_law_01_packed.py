@@ -120,7 +120,7 @@ def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
 
 
 def test_rows_end_to_end_give_what_separate_passes_give() -> None:
-    """Groups of rows of several lengths, which attention alone pads; in both precisions the loss is that of padded rows."""
+    """Groups of rows of several lengths, which attention alone pads."""
     for family in WITHOUT_PADDING:
         encoder, verbalizer = tiny_encoder(family, row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
         own = encoder.attention

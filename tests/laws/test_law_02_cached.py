@@ -18,7 +18,9 @@ from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model import dropout, lora
 from pykalm.model.compiled import compile_layers
 from pykalm.model.encoder import Encoder, pooled
-from pykalm.text.trie import row_group
+from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
+from pykalm.text.texts import IntArray
+from pykalm.text.trie import TokenTrie, row_group
 from tests.laws.common import (
     build_batch,
     gradients,
@@ -134,12 +136,35 @@ def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other() -> None:
         assert largest_difference(several, one) < 2e-5
 
 
+def test_chunks_end_to_end_have_the_gradient_of_padded_ones_one_after_the_other() -> None:
+    """Cut to equal tokens for two threads, without dropout, which goes by chunk; in one graph and with caching."""
+    encoder = tiny_encoder(row_tokens=48, chunk_tokens=128).train()
+    batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+    encoder.use_attention(MATMUL_ATTENTION)
+    loss, padded = gradients_on(1, encoder, batch)
+    encoder.reads_unpadded = True
+    cuts, right = [], TokenTrie.parts
+
+    def noted(*arguments: Any) -> list[IntArray]:
+        cuts.append(right(*arguments))
+        return cuts[-1]
+
+    with replaced(step, "LEAST_CHUNK_TOKENS", 16), replaced(TokenTrie, "parts", noted):
+        for memory_tokens in (1 << 20, 256):
+            other_loss, other = gradients_on(2, encoder, batch, memory_tokens=memory_tokens)
+            assert abs(other_loss.total - loss.total) < 1e-5
+            assert largest_difference(other, padded) < 2e-5
+    assert cuts
+    assert all(len(cut) % 2 == 0 for cut in cuts)
+
+
 def test_dropout_does_not_depend_on_the_memory_that_lets_chunks_be_computed_at_once() -> None:
     """Two threads, dropout 0.3, chunks cut for both: with a graph of all, with two at once, and with one at a time."""
     encoder = tiny_encoder(dropout=0.3, row_tokens=48, chunk_tokens=128).train()
     batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
     with replaced(step, "LEAST_CHUNK_TOKENS", 16):
-        one, two = (step._even_chunks(batch.trie, np.arange(len(batch.trie.row_lengths)), 128, at) for at in (1, 2))
+        rows = np.arange(len(batch.trie.row_lengths))
+        one, two = (step._even_chunks(batch.trie, rows, 128, at, padded=True) for at in (1, 2))
         assert len(two) == len(one) + 1, "one more, so that both threads have as much to do"
         (_, kept), *cached = (gradients_on(2, encoder, batch, memory_tokens=tokens) for tokens in (1 << 20, 256, 1))
     for _, found in cached:
@@ -269,7 +294,11 @@ def chunks_are_cut_for_those_that_memory_lets_be_at_once() -> AbstractContextMan
     stack = ExitStack()
     stack.enter_context(replaced(step, "chunks_that_fit", noted))
     stack.enter_context(
-        replaced(step, "_even_chunks", lambda trie, rows, most, _: right(trie, rows, most, asked[-1] if asked else _))
+        replaced(
+            step,
+            "_even_chunks",
+            lambda trie, rows, most, _, **options: right(trie, rows, most, asked[-1] if asked else _, **options),
+        )
     )
     return stack
 

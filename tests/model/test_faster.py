@@ -1,6 +1,7 @@
 """Claims about what makes a pass faster and changes nothing: dropout's numbers, attention by products, compiled layers."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 
 from pykalm.errors import ModelError
 from pykalm.model import compiled, unpadded
@@ -257,6 +259,38 @@ def test_what_is_kept_compiled_is_kept_under_the_sources_of_all_our_operations(
         patch.setattr(compiled, "WITH_OPERATIONS", [SimpleNamespace(__file__=str(tmp_path / "operations.py"))])
         assert kept_under("one") == kept_under("one") != kept_under("another")
     compiled._operations.cache_clear()
+
+
+def test_a_layer_is_compiled_in_as_many_forms_in_a_thread_of_its_own() -> None:
+    """PyTorch's own limit is 8; what is set is a thread's own in newer versions. Forms beyond it run as they are."""
+    forms: list[int] = []
+
+    def counted(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        forms.append(1)
+        return graph
+
+    doubled = torch.compile(lambda x: x * 2, backend=counted, dynamic=False, **compiled._limit())
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: [doubled(torch.ones(size)) for size in range(2, 14)]).result()
+    assert len(forms) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
+def test_nothing_is_compiled_any_more_for_the_first_rows_of_a_training() -> None:
+    """Rows of several lengths, padded or end to end, with and without a gradient: all that is tried beforehand."""
+    verbalizer = tiny_verbalizer(tiny_graph())
+    for reads_unpadded in (False, True):
+        encoder = tiny_encoder(precision="bf16", dropout=0.3, row_tokens=64, chunk_tokens=256)
+        encoder.use_attention(NAME)
+        encoder.reads_unpadded = reads_unpadded
+        torch._dynamo.reset()
+        compile_layers(encoder)
+        trie, before = build_batch(encoder, verbalizer).trie, counters["stats"]["unique_graphs"]
+        rows = trie.chunks(encoder.chunk_tokens)[0]
+        assert len(set(trie.row_lengths[rows].tolist())) > 1
+        compiled._pass_and_gradient(encoder.train(), row_group(trie, rows))
+        assert counters["stats"]["unique_graphs"] == before > 0, reads_unpadded
 
 
 def test_gradient_checkpointing_and_compiled_layers_do_not_go_together() -> None:

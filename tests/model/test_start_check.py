@@ -2,17 +2,23 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from pykalm.errors import ModelError, OutOfMemoryError
-from pykalm.model import packing
+from pykalm.model import matmul_attention, packing, unpadded
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.text.trie import row_group
-from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.laws.common import replaced, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import TOKENIZER_SIZE, tiny_model
 
 
@@ -31,6 +37,53 @@ def test_a_model_without_such_a_mask_takes_separate_passes_and_says_so(
         packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
     assert encoder.packed == shared
     assert ("separate passes" in caplog.text) == (not shared)
+
+
+def the_argument_does_not_arrive() -> AbstractContextManager[None]:
+    """As in families whose layers hand on to their attention what they know."""
+    right = matmul_attention.matmul_attention
+
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **{name: value for name, value in options.items() if name != unpadded.ARGUMENT})
+
+    return mock.patch.dict(AttentionInterface._global_mapping, {matmul_attention.NAME: forgetful})
+
+
+def keys_come_from_another_row() -> AbstractContextManager[None]:
+    right = unpadded._places
+    return replaced(unpadded, "_places", lambda *all_: (here := right(*all_))._replace(keys=here.keys.roll(1, dims=0)))
+
+
+def layers_have_other_heads_than_the_config_says() -> AbstractContextManager[None]:
+    right = unpadded._places
+    return replaced(unpadded, "_places", lambda inside, missing, heads, keys: right(inside, missing, 2 * heads, keys))
+
+
+def the_config_names_heads_by_layer() -> AbstractContextManager[None]:
+    right = unpadded.arguments
+    by_layer = SimpleNamespace(num_attention_heads=[4, 2], num_key_value_heads=2)
+    return replaced(unpadded, "arguments", lambda config, *others: right(by_layer, *others))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [the_argument_does_not_arrive, keys_come_from_another_row, layers_have_other_heads_than_the_config_says,
+     the_config_names_heads_by_layer],
+)  # fmt: skip
+def test_a_model_that_does_not_read_rows_end_to_end_takes_padded_ones(
+    refused: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """With the faster attention as before; and what an earlier check found is forgotten."""
+    for precision in ("fp32", "bf16"):
+        encoder = tiny_encoder(precision=precision, row_tokens=48)
+        packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+        assert encoder.unpadded
+        with refused():
+            packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+        assert encoder.packed
+        assert encoder.attention == matmul_attention.NAME
+        assert not encoder.unpadded
+        encoder.embed([np.arange(3, 9), np.arange(20, 30)])
 
 
 def test_rounding_is_measured_where_a_pass_holds_one_text_only() -> None:

@@ -225,11 +225,16 @@ def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
         peak_bytes(lambda number=number: _pass_and_gradient(encoder, trie, number), encoder.device)  # type: ignore[misc]
         for number in (SMALL, LARGE)
     )
-    added = large.nodes.size - small.nodes.size
-    if not added:
-        return low / small.nodes.size, 0.0
-    per_token = (high - low) / added
-    return per_token, max(0.0, low - per_token * small.nodes.size)
+    few, many = (_computed_tokens(encoder, trie, group) for group in (small, large))
+    if many == few:
+        return low / few, 0.0
+    per_token = (high - low) / (many - few)
+    return per_token, max(0.0, low - per_token * few)
+
+
+def _computed_tokens(encoder: Encoder, trie: TokenTrie, group: RowGroup) -> int:
+    """Return the tokens that a pass over some rows of a trie computes."""
+    return int((group.nodes >= 0).sum()) if trie.shared and encoder.unpadded else group.nodes.size
 
 
 def _longest_rows(encoder: Encoder, trie: TokenTrie, number: int) -> RowGroup:

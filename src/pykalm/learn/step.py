@@ -30,6 +30,8 @@ LEAST_CHUNK_TOKENS = 512
 """Fewer in a pass make matrix products slower; a small step leaves threads to its few passes instead."""
 SIZES = 16
 """Sizes of a chunk that are tried, to find the smallest that needs no more chunks."""
+MORE_CHUNKS = 2
+"""Chunks more, for each of those at once, that are tried where padding keeps some from as many tokens as others have."""
 MOST_GRADIENT_BYTES = 3 << 30
 """What gradients of chunks that are computed side by side may take until they are added."""
 
@@ -211,7 +213,7 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     keeps_graph = max(int(trie.row_lengths[rows].sum()) for rows in shares) <= memory_tokens
     at_once = chunks_that_fit(encoder, None if keeps_graph else memory_tokens)
     # Cut for all that could be at once, whether memory lets them or not: their dropout goes by chunk.
-    at_most, padded = encoder.chunks_at_once(), not encoder.unpadded
+    at_most, padded = encoder.chunks_at_once(), not (trie.shared and encoder.unpadded)
     chunked = [_even_chunks(trie, rows, encoder.chunk_tokens, at_most, padded=padded) for rows in shares]
     groups = [row_group(trie, rows) for rows in chunked[rank()]]
     pooled_nodes = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes]))
@@ -239,22 +241,24 @@ def chunks_that_fit(encoder: Encoder, memory_tokens: int | None = None) -> int:
     return num_workers(min(most))
 
 
-def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int, *, padded: bool = True) -> list[IntArray]:
+def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int, *, padded: bool) -> list[IntArray]:
     """Group rows into chunks of at most `most` tokens, with which those that are computed at once have as much to do.
 
     padded: a chunk takes as long as its tokens and its padding, else as its tokens alone.
     """
     if not len(rows):
         return []
-    lengths = trie.row_lengths[rows]
-    tokens, room = int(lengths.sum()), most if padded else max(1, most - int(lengths.max()))
-    wanted = at_once * math.ceil(tokens / (at_once * room))
+    tokens = int(trie.row_lengths[rows].sum())
+    wanted = at_once * math.ceil(tokens / (at_once * most))
     if at_once == 1 or tokens < wanted * LEAST_CHUNK_TOKENS:
         return trie.chunks(min(most, LEAST_CHUNK_TOKENS) if at_once > 1 else most, rows)
-    if not padded:
-        return trie.parts(wanted, rows)
-    sizes = np.linspace(tokens / wanted, most, SIZES).astype(int).tolist()
-    return next((chunks for size in sizes if len(chunks := trie.chunks(size, rows)) <= wanted), trie.chunks(most, rows))
+    if padded:
+        sizes = np.linspace(tokens / wanted, most, SIZES).astype(int).tolist()
+        tried = (trie.chunks(size, rows) for size in sizes)
+        return next((chunks for chunks in tried if len(chunks) <= wanted), trie.chunks(most, rows))
+    counts = range(wanted, wanted + MORE_CHUNKS * at_once + 1, at_once)
+    cut = ((count, trie.parts(count, most, rows)) for count in counts)
+    return next((parts for count, parts in cut if len(parts) == count), trie.parts(wanted, most, rows))
 
 
 def _idle_chunk(batch: Batch) -> _Chunk:

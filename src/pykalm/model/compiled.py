@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -37,7 +38,7 @@ def compile_layers(encoder: Encoder) -> None:
     thread each. Raises ModelError where this machine cannot compile.
     """
     name, was_training = type(encoder.causal_lm).__name__, encoder.training
-    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+    limit = _limit()
     try:
         if encoder.train().computes_again:
             raise ModelError(
@@ -46,7 +47,7 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
-            layer.compile(dynamic=True, options=_options(encoder.device))
+            layer.compile(dynamic=True, options=_options(encoder.device), **limit)
             _compute_by(layer, layer._compiled_call_impl)
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
@@ -72,6 +73,14 @@ def _options(device: torch.device) -> dict[str, Any]:
     return {"cpp_wrapper": True, "aot_inductor.metadata": {"pykalm": _operations()}} if device.type == "cpu" else {}
 
 
+def _limit() -> dict[str, int]:
+    """Let a layer be compiled in FORMS. Where PyTorch's settings are a thread's own, that is said to what is compiled."""
+    if "recompile_limit" in signature(torch.compile).parameters:
+        return {"recompile_limit": FORMS}
+    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+    return {}
+
+
 @cache
 def _operations() -> str:
     """Return a digest of the sources of our operations."""
@@ -81,7 +90,7 @@ def _operations() -> str:
 
 def _try(encoder: Encoder) -> None:
     """Compile what a training calls, in the threads that will."""
-    at_once, group, one_at_a_time = encoder.chunks_at_once(), _two_rows(encoder), Lock()
+    at_once, group, one_at_a_time = encoder.chunks_at_once(), _some_rows(encoder), Lock()
 
     def attempt(_: int) -> None:
         with one_at_a_time:  # or each would compile for itself
@@ -135,9 +144,9 @@ def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:
     torch.autograd.grad(states.float().sum(), learned, allow_unused=True)
 
 
-def _two_rows(encoder: Encoder) -> RowGroup:
-    """Return two rows of some tokens: a single one is compiled for itself."""
+def _some_rows(encoder: Encoder) -> RowGroup:
+    """Return rows of some tokens: more than one, which is compiled for itself; of several lengths, as a rule."""
     length = max(2, encoder.row_tokens // 2 + 1)
-    texts = [np.full(length, token) for token in (0, 1)]
+    texts = [np.full(length + number, number) for number in range(3)]
     trie = build_trie(texts, row_tokens=encoder.row_tokens, share=encoder.packed)
     return row_group(trie, np.arange(len(trie.row_lengths)))

@@ -35,10 +35,10 @@ class Encoder(nn.Module):
     """Map texts to unit vectors: the last layer's state (after the final norm) at a text's last token. METHOD.md §1.
 
     With pooling "mean" it is the mean over all tokens of the text. Knows nothing of strings. `packed` says whether the
-    texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. `reads_unpadded` says
-    whether it takes a trie's rows end to end, with an attention that can tell them apart. log(1/τ) is a
-    parameter here, so it is optimised and saved with the model. In eval mode until a trainer calls train(); dropout
-    then is that of the model's own config, plus the adapter's.
+    texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. `reads_unpadded`
+    says whether the model reads a trie's rows end to end, where its attention can tell them apart. log(1/τ) is a parameter
+    here, so it is optimised and saved with the model. In eval mode until a trainer calls train(); dropout then is that of
+    the model's own config, plus the adapter's.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Encoder(nn.Module):
 
     @property
     def unpadded(self) -> bool:
-        """Return whether passes over a trie's rows compute no padding, but in attention."""
-        return self.reads_unpadded and self.attention == MATMUL_ATTENTION
+        """Return whether passes over rows that share a trie compute no padding, but in attention."""
+        return self.reads_unpadded and self.attention == MATMUL_ATTENTION and self.device.type == "cpu"
 
     def faster_attentions(self) -> list[str]:
         """Name what to try before the model's own attention on this device, for models that let it be chosen."""
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
         return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
 
     def fill(self, trie: TokenTrie) -> float:
-        """Return the share of nodes among the tokens that passes over a trie compute."""
+        """Return the share of nodes among the tokens that passes over a trie compute, what attention pads left out."""
         return 1.0 if trie.shared and self.unpadded else trie.fill(self.chunk_tokens)
 
     def forward(self, group: RowGroup, *, shared: bool) -> Tensor:

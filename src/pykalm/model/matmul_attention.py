@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pykalm.model.layers import computed_dtype
-from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes
+from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes, require_heads
 
 NAME = "kalm_matmul"
 
@@ -45,6 +45,7 @@ def matmul_attention(
     query, key, value = (part.to(computed_dtype(part)) for part in (query, key, value))
     query = query * scale  # here, where a compiler makes it part of another loop
     places: tuple[Tensor | None, ...] = options.get(ARGUMENT) or (None,) * 4
+    require_heads(options.get(ARGUMENT), query, key)
     drops = dropout if module.training else 0.0
     if drops or (attention_mask is not None and attention_mask.requires_grad):
         weights, values = _weights(query, key, value, attention_mask, *places[:2])

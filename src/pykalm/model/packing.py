@@ -109,6 +109,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
             "kalm: training.attention=flex needs CUDA and a model made for it, found %s on %s; taking its own: same result, "
             "slower.", name, encoder.device.type,
         )  # fmt: skip
+    encoder.reads_unpadded = False
     for attention in (*encoder.faster_attentions(), own):
         encoder.use_attention(attention)
         difference, noise_of_one = _difference_from(encoder, texts, alone)
@@ -129,7 +130,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
 
 
 def _reads_unpadded(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> bool:
-    """Return whether the model reads rows end to end as it reads texts alone; tried on many rows, all in one pass."""
+    """Return whether the model reads rows end to end as it reads texts alone; tried on short rows, many in a pass."""
     encoder.reads_unpadded = True
     try:
         vectors = _embed_as(encoder, texts, packed=True, row_tokens=1, chunk_tokens=sum(map(len, texts)))

@@ -1,6 +1,5 @@
 """Passes side by side: on a CPU every thread computes one of its own, which wastes less than all threads at every product."""
 
-import contextvars
 import os
 import threading
 from collections import deque
@@ -39,7 +38,7 @@ def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -
     pool, waiting = _pool(workers, threads // workers), deque[Future[R]]()
     try:
         for piece in pieces:
-            waiting.append(pool.submit(contextvars.copy_context().run, one, piece))
+            waiting.append(pool.submit(one, piece))
             if len(waiting) == AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykalm.errors import ModelError
 from pykalm.model.attention import trie_attention
 from pykalm.text.trie import RowGroup
 
@@ -41,11 +40,11 @@ def arguments(config: Any, group: RowGroup, dtype: torch.dtype) -> dict[str, Any
     """Return what a Hugging Face model is called with to read the N tokens of a group (rows, T) end to end, on a CPU.
 
     The mask has a row for every query by row, (1, 1, rows · T, S): models hand a mask of four dimensions on as it is. Raises
-    ModelError where the config does not say how many heads all layers have.
+    ValueError where the config does not say how many heads all layers have.
     """
     heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if not all(isinstance(number, int) for number in heads):
-        raise ModelError(f"wanted as many heads in every layer, found {heads[0]} of queries and {heads[1]} of keys")
+        raise ValueError(f"wanted as many heads in every layer, found {heads[0]} of queries and {heads[1]} of keys")
     ends, depths = torch.from_numpy(group.ends), torch.from_numpy(group.depths)
     inside, missing = group.nodes >= 0, missing_lanes(group.nodes.shape[1], dtype)
     mask = trie_attention(config, ends, depths, dtype)
@@ -63,6 +62,16 @@ def padded(states: Tensor, group: RowGroup) -> Tensor:
     """Return states (N, D) of a group's tokens, end to end, as (rows · T, D), with 0 in padding."""
     places = torch.from_numpy(np.flatnonzero(group.nodes >= 0))
     return states.new_zeros(group.nodes.size, states.shape[1]).index_copy(0, places, states)
+
+
+def require_heads(places: Places | None, query: Tensor, key: Tensor) -> None:
+    """Raise ValueError where places are those of other heads than query and key (1, heads, N, d) have."""
+    if places is None:
+        return
+    wanted = [part.shape[1] * part.shape[2] for part in (query, key)]
+    found = [part.shape[0] for part in (places.from_queries, places.from_keys)]
+    if wanted != found:
+        raise ValueError(f"wanted the places of {wanted} vectors of queries and keys, found those of {found}")
 
 
 def by_row(part: Tensor, places: Tensor) -> Tensor:
@@ -96,7 +105,8 @@ def _places(inside: npt.NDArray[np.bool_], missing: int, query_heads: int, key_h
         return ((rows[:, None] * heads + torch.arange(heads)) * width + columns[:, None]).flatten()
 
     asking = tokens[:, : inside.shape[1]]
-    return Places(
+    found = (
         grid(asking, query_heads), grid(tokens, key_heads),
         back(query_heads, asking.shape[1]), back(key_heads, tokens.shape[1]),
     )  # fmt: skip
+    return Places(*(part.clone() for part in found))  # no views: a compiler looks at what they are of, too

@@ -70,13 +70,23 @@ class TokenTrie:
             rows = rows[fit:]
         return groups
 
-    def parts(self, count: int, rows: IntArray) -> list[IntArray]:
-        """Group rows, long ones first, into at most `count` parts of as many tokens, but for a row of each."""
+    def parts(self, count: int, max_tokens: int, rows: IntArray) -> list[IntArray]:
+        """Group rows, long ones first, into `count` parts whose tokens differ by about a row.
+
+        Or more, so that a padded group holds at most max_tokens (one row at least), as attention pads it.
+        """
         rows = rows[np.argsort(-self.row_lengths[rows], kind="stable")]
-        lengths = self.row_lengths[rows]
-        middles = np.cumsum(lengths) - lengths / 2
-        bounds = np.searchsorted(middles, lengths.sum() * np.arange(1, count) / count)
-        return [np.sort(part) for part in np.split(rows, bounds) if len(part)]
+        ends = np.cumsum(self.row_lengths[rows])
+        middles = ends - self.row_lengths[rows] / 2
+        parts: list[IntArray] = []
+        start, done = 0, 0
+        while start < len(rows):
+            share = done + (int(ends[-1]) - done) / max(1, count - len(parts))
+            fit = max(1, max_tokens // int(self.row_lengths[rows[start]]))
+            end = max(start + 1, min(start + fit, int(np.searchsorted(middles, share))))
+            parts.append(np.sort(rows[start:end]))
+            start, done = end, int(ends[end - 1])
+        return parts
 
 
 @dataclass(frozen=True, eq=False)
