@@ -46,8 +46,9 @@ class LoraLinear(lora.Linear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         result: Tensor
         if number is not None and self.hashes_dropout:
-            small = a.to(x.dtype), (b * factor).to(x.dtype).T.contiguous()
-            result = _product_beside(x, without_some(x, p, number), base.weight, base.bias, *small)[0]
+            kept, narrowing = without_some(x, p, number), a.to(x.dtype)
+            widening = _scaled(b, factor, x.dtype)  # type: ignore[arg-type]
+            result = _product_beside(x, kept, base.weight, base.bias, narrowing, widening)[0]
         else:
             result = _product(x, base.weight, base.bias, a, b, number, factor, float(p))[0]
         return result
@@ -89,8 +90,8 @@ def _product(
         rows = _rows(x)
         drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         places = _filled_up(drawn, rows.numel(), p)
-        small = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
-        result, narrow = _adapted(rows, _without(rows, places), weight, bias, *small)
+        narrowing, widening = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
+        result, narrow = _adapted(rows, _without(rows, places), weight, bias, narrowing, widening)
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
@@ -217,7 +218,7 @@ def _at_adapter(above: Tensor, kept: Tensor, narrow: Tensor, b: Tensor) -> tuple
 
 
 def _scaled(b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """Return factor · Bᵀ (r, out)."""
+    """Return factor · Bᵀ (r, out) in a dtype, row by row."""
     return (b * factor).to(dtype).T.contiguous()
 
 
