@@ -14,11 +14,20 @@ from pykalm.config import ObjectiveSettings
 from pykalm.errors import TrainingError
 from pykalm.graph.known import known_answers
 from pykalm.learn.batches import BatchBuilder
-from pykalm.learn.footprint import PLANNED_SHARE, Fit, Footprint, fit_budget, measure_footprint, peak_bytes
+from pykalm.learn.footprint import (
+    PLANNED_SHARE,
+    Fit,
+    Footprint,
+    _bytes_of_a_pass,
+    fit_budget,
+    measure_footprint,
+    peak_bytes,
+)
 from pykalm.learn.step import joint_gradient
 from pykalm.memory import format_size, parse_size
 from pykalm.model import packed_weights
-from pykalm.model.encoder import Encoder
+from pykalm.model.encoder import Encoder, pooled
+from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.packed_weights import pack_frozen_weights
 from pykalm.model.run import read_run_config
 from pykalm.text.trie import row_group
@@ -77,22 +86,43 @@ def footprint_of(encoder: Encoder) -> Footprint:
     return measure_footprint(encoder, builder, builder.graph.triples("train"), batch_size=6)
 
 
+@pytest.mark.parametrize("reads_unpadded", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_the_prediction_is_what_a_step_takes(family: str) -> None:
+def test_the_prediction_is_what_a_step_takes(family: str, reads_unpadded: bool) -> None:
     """The graph and gradient of a whole batch, at a size that was not measured, to a tenth and what is fixed."""
     encoder = tiny_encoder(family, row_tokens=32)
+    if reads_unpadded:
+        encoder.use_attention(MATMUL_ATTENTION)
+        encoder.reads_unpadded = True
     footprint, builder = footprint_of(encoder), builder_of(encoder)
     batch = builder.build(builder.graph.triples("train"), np.random.default_rng(0))
     padded = sum(row_group(batch.trie, rows).nodes.size for rows in batch.trie.chunks(encoder.chunk_tokens))
+    computed = batch.trie.num_nodes if reads_unpadded else padded
     encoder.train()
 
     def step() -> None:
         joint_gradient(encoder, batch, ObjectiveSettings(), memory_tokens=1 << 20)
 
     step()  # makes the gradients
-    found, predicted = peak_bytes(step, CPU), footprint.per_token * padded
+    found, predicted = peak_bytes(step, CPU), footprint.per_token * computed
     beside = footprint.logits + footprint.similarity + footprint.vectors
     assert 0.9 * found - beside <= predicted <= 1.1 * found + beside
+
+
+def test_a_token_of_rows_end_to_end_is_one_that_is_computed() -> None:
+    """Rows of 64 tokens, of which few are full: counted with their padding, a token would take a fifth less."""
+    encoder = tiny_encoder(row_tokens=64).train()
+    encoder.use_attention(MATMUL_ATTENTION)
+    encoder.reads_unpadded = True
+    builder = builder_of(encoder)
+    trie = builder.build(builder.graph.triples("train"), np.random.default_rng(0)).trie
+    per_token, beside = _bytes_of_a_pass(encoder, trie)
+    group = row_group(trie, np.arange(len(trie.row_lengths)))
+
+    def step() -> None:
+        pooled(encoder(group, shared=True)).sum().backward()  # type: ignore[no-untyped-call]
+
+    assert peak_bytes(step, CPU) == pytest.approx(per_token * trie.num_nodes + beside, rel=0.1)
 
 
 def test_a_token_takes_what_its_graph_keeps_and_little_more() -> None:

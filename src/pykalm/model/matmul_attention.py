@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pykalm.model.layers import computed_dtype
-from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes, require_heads
+from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes, require_heads, with_unseen_keys
 
 NAME = "kalm_matmul"
 
@@ -125,12 +125,10 @@ def _weights(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the weights (rows · K, H / K · T, S or more) of the softmax, and folded value with as many rows."""
-    groups, heads, seen = key.shape[1], query.shape[1], None
+    groups, heads = key.shape[1], query.shape[1]
     if mask is not None and queries is None and (missing := missing_lanes(key.shape[2], key.dtype)):
-        # Keys that nothing sees, so that there are whole vectors of them.
-        mask = F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)
-    if mask is not None:
-        seen = mask.shape[3]
+        mask = with_unseen_keys(mask, missing)  # so that there are whole vectors of keys
+    seen = None if mask is None else mask.shape[3]
     asked = _folded(query, groups, queries)
     by, values = (_folded(part, groups, keys, seen=seen) for part in (key, value))
     scores = torch.bmm(asked, by.transpose(1, 2))

@@ -36,6 +36,11 @@ def missing_lanes(keys: int, dtype: torch.dtype) -> int:
     return -keys % LANES if dtype == torch.bfloat16 and keys >= LANES else 0
 
 
+def with_unseen_keys(mask: Tensor, missing: int) -> Tensor:
+    """Return a mask of numbers (..., S) with so many more keys, which nothing sees."""
+    return F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)
+
+
 def arguments(config: Any, group: RowGroup, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a Hugging Face model is called with to read the N tokens of a group (rows, T) end to end, on a CPU.
 
@@ -87,8 +92,8 @@ def end_to_end(part: Tensor, places: Tensor, heads: int) -> Tensor:
 
 
 def _by_query(mask: Any, missing: int) -> Tensor:
-    """Return a mask (rows, 1, T, T) as (1, 1, rows · T, S), with so many more keys, which nothing sees."""
-    wider = F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)
+    """Return a mask (rows, 1, T, T) as (1, 1, rows · T, S), with so many more keys."""
+    wider = with_unseen_keys(mask, missing)
     return wider.view(1, 1, -1, wider.shape[3])
 
 

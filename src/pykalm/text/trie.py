@@ -61,19 +61,12 @@ class TokenTrie:
 
         A group is padded to its longest row; rows of like length stand together, so that little is padded.
         """
-        rows = np.arange(len(self.row_lengths)) if rows is None else rows
-        rows = rows[np.argsort(-self.row_lengths[rows], kind="stable")]
-        groups: list[IntArray] = []
-        while len(rows):
-            fit = max(1, max_tokens // int(self.row_lengths[rows[0]]))
-            groups.append(np.sort(rows[:fit]))
-            rows = rows[fit:]
-        return groups
+        return self.parts(1, max_tokens, np.arange(len(self.row_lengths)) if rows is None else rows)
 
     def parts(self, count: int, max_tokens: int, rows: IntArray) -> list[IntArray]:
         """Group rows, long ones first, into `count` parts whose tokens differ by about a row.
 
-        Or more, so that a padded group holds at most max_tokens (one row at least), as attention pads it.
+        Or into more, so that a part, padded to its longest row, holds at most max_tokens (one row at least).
         """
         rows = rows[np.argsort(-self.row_lengths[rows], kind="stable")]
         ends = np.cumsum(self.row_lengths[rows])
