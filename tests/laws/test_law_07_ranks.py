@@ -16,6 +16,7 @@ from pykalm.evaluate.links import evaluate_links
 from pykalm.evaluate.ranking import RankTable, rank, rank_metrics
 from pykalm.graph.graph import IntArray
 from pykalm.graph.known import known_answers
+from pykalm.model import products
 from pykalm.model.index import distinct_rows
 from tests.evaluate.fakes import (
     BORDERS,
@@ -175,16 +176,32 @@ def test_narrow_vectors_are_ranked_by_their_float32_scores() -> None:
     assert columns(table) == [(2, 2.0, 2, 2)]
 
 
-def test_vectors_that_score_the_same_are_level() -> None:
-    # 500 vectors differ only where the queries are 0, in blocks of 40 among others.
+def level_with_its_target(width: int) -> list[int]:
+    """Return for 40 queries how many of 1000 vectors are level: 500 of them differ only where the queries are 0."""
     generator = torch.Generator().manual_seed(0)
-    query, vectors = torch.randn(40, 576, generator=generator), torch.randn(1000, 576, generator=generator)
-    query[:, 200:] = 0
-    vectors[::2, :200] = vectors[0, :200]
+    query, vectors = torch.randn(40, width, generator=generator), torch.randn(1000, width, generator=generator)
+    query[:, width // 3 :] = 0
+    vectors[::2, : width // 3] = vectors[0, : width // 3]
     nothing = (np.zeros(41, dtype=np.int64), np.empty(0, dtype=np.int64))
-    everyone = np.arange(1000)
+    everyone = np.arange(1000)  # in blocks of 40 among others
     table = rank(query, vectors, row_of_entity=everyone, targets=everyone[:80:2], known=nothing, chunk_entities=40)
-    assert (table.pessimistic - table.optimistic + 1).tolist() == [500] * 40
+    return (table.pessimistic - table.optimistic + 1).tolist()
+
+
+def test_vectors_that_score_the_same_are_level() -> None:
+    assert level_with_its_target(576) == [500] * 40
+
+
+@pytest.mark.skipif(not products._has_onednn(), reason="no products of oneDNN on this processor")
+@pytest.mark.parametrize("threads", [1, 4, 16])
+def test_vectors_that_score_the_same_are_level_for_any_number_of_threads(threads: int) -> None:
+    """MKL's product shared by four threads or more takes another order where its rows are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert [level_with_its_target(width) for width in (16, 100, 576)] == [[500] * 40] * 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_known_answers_are_removed_not_lowered() -> None:

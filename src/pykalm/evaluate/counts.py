@@ -1,26 +1,24 @@
 """Count the entities that score above and level with a target, in blocks of queries × entities that fit a cache."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pykalm.graph.graph import IntArray
 from pykalm.model.index import require_finite
+from pykalm.model.products import products
 
 KnownRows = tuple[IntArray, IntArray]
 Counts = tuple[IntArray, IntArray, IntArray]
 BoolArray = npt.NDArray[np.bool_]
 ScoreArray = npt.NDArray[np.float32]
 
-TILE = 16
-"""The least rows and columns of a product: smaller ones add up in another order, and ties would break."""
+TARGETS_AT_ONCE = 256
+"""Targets are taken in parts of this many, or of as many as there are queries: one query may have thousands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +116,13 @@ def _compare(scores: ScoreArray, at_target: ScoreArray, shares_vector: BoolArray
 def _paired_scores(query: Tensor, query_of_target: IntArray, rows: IntArray, candidates: Candidates) -> Tensor:
     """Return the product (P,) of each target's query with its vector.
 
-    They lie on the diagonals of small matrix products, which add up in the order of large ones (a row-wise sum does
-    not), so that a vector beside the target that scores the same is level with it to the last bit.
+    They lie on the diagonals of small products, which add up in the order of large ones (a row-wise sum does not), so that
+    a vector beside the target that scores the same is level with it to the last bit.
     """
     scores = []
-    for part in even_slices(len(rows), max(len(query), 16 * TILE)):
-        pairs = (query[torch.from_numpy(query_of_target[part]).to(query.device)], candidates.choose(rows[part]))
-        num_pairs = len(pairs[0])
-        left, right = (F.pad(side, (0, 0, 0, -num_pairs % TILE)).view(-1, TILE, side.shape[1]) for side in pairs)
-        scores.append(torch.bmm(left, right.mT).diagonal(dim1=1, dim2=2).flatten()[:num_pairs])
+    for part in even_slices(len(rows), TARGETS_AT_ONCE):
+        asking = query[torch.from_numpy(query_of_target[part]).to(query.device)]
+        scores.append(products(asking, candidates.choose(rows[part])).diagonal())
     return torch.cat(scores)
 
 
@@ -143,13 +139,13 @@ def _count_rows(
     asked: queries and rows (N,) whose scores are wanted: the numbers that were counted, to the last bit.
     """
     device = candidates.device
-    parts = even_slices(len(thresholds), max(len(query), 16 * TILE))  # one query may have thousands of targets
+    parts = even_slices(len(thresholds), max(len(query), TARGETS_AT_ONCE))
     order = np.argsort(asked[1], kind="stable")
     edges = np.searchsorted(asked[1][order], [block.start for block in candidates.blocks] + [len(candidates.vectors)])
     queries, rows = (torch.from_numpy(side[order]).to(device) for side in asked)
     wanted = torch.from_numpy(query_of_target).to(device)
     one_each = np.array_equal(query_of_target, np.arange(len(query)))  # the scores themselves, read for the last time
-    lead, apart = (torch.zeros(len(thresholds), dtype=torch.int64, device=device) for _ in range(2))
+    above, at_least = (torch.zeros(len(thresholds), dtype=torch.int64, device=device) for _ in range(2))
     looked_up = torch.empty(len(order), device=device)
     for block, (start, stop) in zip(candidates.blocks, pairwise(edges.tolist()), strict=True):
         scores = products(query, candidates.choose(block))
@@ -157,34 +153,16 @@ def _count_rows(
         looked_up[here] = scores[queries[here], rows[here] - block.start]
         weights = candidates.entities_of_row[block].to(device)
         for part in parts:
-            # The sign of a difference is exact; a comparison that writes booleans takes four times as long.
+            # Written as numbers: a comparison that writes booleans takes four times as long, and they do not add up.
             chosen = scores if one_each else scores.index_select(0, wanted[part])
-            signs = chosen.sub_(thresholds[part, None]).sign_().to(weights.dtype)
-            lead[part] += (signs @ weights).long()
-            apart[part] += (signs.abs_() @ weights).long()
+            at_threshold = thresholds[part, None]
+            at_least[part] += _weighted(torch.ge(chosen, at_threshold, out=torch.empty_like(chosen)), weights)
+            above[part] += _weighted(chosen.gt_(at_threshold), weights)
     unsorted = torch.empty_like(looked_up)
     unsorted[torch.from_numpy(order).to(device)] = looked_up
-    level = len(candidates.row_of_entity) - apart
-    return ((lead + apart) // 2).cpu().numpy(), level.cpu().numpy(), unsorted.cpu().numpy()
+    return above.cpu().numpy(), (at_least - above).cpu().numpy(), unsorted.cpu().numpy()
 
 
-def products(query: Tensor, vectors: Tensor) -> Tensor:
-    """Return the scores (Q, C) of query (Q, D) with vectors (C, D): the same numbers however the vectors are cut."""
-    if min(len(query), len(vectors)) < TILE:
-        padded = (F.pad(side, (0, 0, 0, max(0, TILE - len(side)))) for side in (query, vectors))
-        return products(*padded)[: len(query), : len(vectors)]
-    return query @ vectors.T
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Let products of float32 be computed in float32, whatever faster format (TF32, bfloat16) has been allowed."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+def _weighted(found: Tensor, weights: Tensor) -> Tensor:
+    """Return for each row of found (P, C), ones and zeros, the whole number (P,) that the weights (C,) of its ones make."""
+    return (found.to(weights.dtype) @ weights).long()

@@ -10,13 +10,12 @@ from pykalm.evaluate.counts import (
     Candidates,
     KnownRows,
     even_slices,
-    exact_float32,
-    products,
     require_finite_scores,
 )
 from pykalm.evaluate.ranking import CHUNK_ENTITIES, CHUNK_QUERIES, FloatArray
 from pykalm.graph.graph import IntArray
 from pykalm.model.index import EntityIndex
+from pykalm.model.products import exact_float32, products
 
 Pairs = tuple[IntArray, IntArray]
 
