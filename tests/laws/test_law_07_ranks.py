@@ -192,7 +192,7 @@ def test_vectors_that_score_the_same_are_level() -> None:
     assert level_with_its_target(576) == [500] * 40
 
 
-@pytest.mark.skipif(not products._has_onednn(), reason="no products of oneDNN on this processor")
+@pytest.mark.skipif(not products.has_onednn(), reason="no products of oneDNN on this processor")
 @pytest.mark.parametrize("threads", [1, 4, 16])
 def test_vectors_that_score_the_same_are_level_for_any_number_of_threads(threads: int) -> None:
     """MKL's product shared by four threads or more takes another order where its rows are few."""

@@ -1,7 +1,11 @@
-"""Claims about weights kept in the order of products: the same bits, never those of another weight, gone with theirs."""
+"""Claims about weights kept in the order of products: the same bits, never those of another weight, gone with theirs.
+
+In float32 they are PyTorch's but for rounding.
+"""
 
 import copy
 import gc
+from typing import Literal
 
 import pytest
 import torch
@@ -12,15 +16,18 @@ from pykalm.model import packed_weights
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.model.packed_weights import PackedLinear, gradient_at_rows, pack_frozen_weights, product
+from pykalm.model.products import has_onednn
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bfloat16 on this processor"
 )
 
+with_float32 = pytest.mark.skipif(not has_onednn(), reason="no products of oneDNN in float32 on this processor")
 
-def weight_with_copies(out: int = 48, width: int = 32) -> torch.Tensor:
-    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out)).bfloat16()
+
+def weight_with_copies(out: int = 48, width: int = 32, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out)).to(dtype)
     packed_weights._register(weight)
     return weight
 
@@ -33,6 +40,20 @@ def test_products_are_the_same_bits(rows: int, out: int, width: int) -> None:
     assert torch.equal(product(x, weight), nn.functional.linear(x, weight))
     assert torch.equal(product(x, weight, bias), nn.functional.linear(x, weight, bias))
     assert torch.equal(gradient_at_rows(above, weight), above @ weight)
+    copies = packed_weights._copies_of(weight)
+    assert copies is not None
+    assert copies.own is not None, "that is, it was computed with the copy"
+    assert copies.transposed is not None
+
+
+@with_float32
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+@pytest.mark.parametrize(("out", "width"), [(48, 32), (33, 100), (1536, 576)])
+def test_products_of_float32_are_the_same_but_for_rounding(rows: int, out: int, width: int) -> None:
+    weight = weight_with_copies(out, width, torch.float32)
+    x, above, bias = torch.randn(rows, width), torch.randn(rows, out), torch.randn(out)
+    torch.testing.assert_close(product(x, weight, bias), nn.functional.linear(x, weight, bias), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(gradient_at_rows(above, weight), above @ weight, rtol=1e-4, atol=2e-4)
     copies = packed_weights._copies_of(weight)
     assert copies is not None
     assert copies.own is not None, "that is, it was computed with the copy"
@@ -60,31 +81,31 @@ def test_copies_go_with_their_weight_and_another_in_its_place_has_none() -> None
     assert place not in packed_weights._copies
 
 
-def adapted_encoder(targets: str) -> Encoder:
-    model = add_adapter(tiny_model("llama").to(torch.bfloat16), rank=4, targets=targets, seed=1)  # type: ignore[arg-type]
+def adapted_encoder(targets: str, precision: Literal["bf16", "fp32"] = "bf16") -> Encoder:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = add_adapter(tiny_model("llama").to(dtype), rank=4, targets=targets, seed=1)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
-    return Encoder(model, source_fingerprint="", precision="bf16")
+    return Encoder(model, source_fingerprint="", precision=precision)
+
+
+def states_and_gradients(encoder: Encoder) -> list[torch.Tensor]:
+    with encoder.precision():
+        states = encoder.causal_lm.base_model(input_ids=torch.arange(3, 27).view(2, 12), use_cache=False)[0]
+    learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
+    return [states.detach(), *torch.autograd.grad(states.float().square().sum(), learned)]
 
 
 @pytest.mark.parametrize("targets", ["mlp", "all-linear"])
 def test_a_model_computes_the_same_bits_with_packed_weights(targets: str) -> None:
     """States and the gradients of adapters, beside layers that are adapted and layers that are not."""
     encoder = adapted_encoder(targets)
-    tokens = torch.arange(3, 27).view(2, 12)
-
-    def states_and_gradients() -> list[torch.Tensor]:
-        with encoder.precision():
-            states = encoder.causal_lm.base_model(input_ids=tokens, use_cache=False)[0]
-        learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
-        return [states.detach(), *torch.autograd.grad(states.float().square().sum(), learned)]
-
-    plain = states_and_gradients()
+    plain = states_and_gradients(encoder)
     pack_frozen_weights(encoder.causal_lm)
     packed = [module for module in encoder.modules() if isinstance(module, PackedLinear)]
     assert (len(packed) > 0) == (targets == "mlp"), "a layer below an adapter is computed by the adapter"
-    assert all(torch.equal(one, other) for one, other in zip(states_and_gradients(), plain, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(states_and_gradients(encoder), plain, strict=True))
     with adapters_of_peft(encoder):
         assert not any(isinstance(module, PackedLinear) for module in encoder.modules())
     assert sum(isinstance(module, PackedLinear) for module in encoder.modules()) == len(packed)
@@ -92,12 +113,26 @@ def test_a_model_computes_the_same_bits_with_packed_weights(targets: str) -> Non
     assert torch.equal(copied.embed([[5, 6]]), encoder.embed([[5, 6]]))
 
 
-def test_what_learns_what_is_float32_and_what_is_too_large_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@with_float32
+@pytest.mark.parametrize("targets", ["mlp", "all-linear"])
+def test_a_model_in_float32_computes_the_same_but_for_rounding(targets: str) -> None:
+    encoder = adapted_encoder(targets, "fp32")
+    plain = states_and_gradients(encoder)
+    pack_frozen_weights(encoder.causal_lm)
+    for found, expected in zip(states_and_gradients(encoder), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    base = encoder.causal_lm.base_model.layers[0].mlp.down_proj  # type: ignore[union-attr]
+    copies = packed_weights._copies_of(getattr(base, "base_layer", base).weight)
+    assert copies is not None
+    assert copies.own is not None, "that is, it was computed with the copy"
+
+
+def test_what_learns_what_is_float16_and_what_is_too_large_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(model: nn.Module) -> int:
         pack_frozen_weights(model)
         return sum(isinstance(module, PackedLinear) for module in model.modules())
 
-    assert packed(tiny_model("llama").requires_grad_(False)) == 0
+    assert packed(tiny_model("llama").half().requires_grad_(False)) == 0
     assert packed(tiny_model("llama").to(torch.bfloat16)) == 0
     frozen = tiny_model("llama").to(torch.bfloat16).requires_grad_(False)
     monkeypatch.setattr(packed_weights, "MOST_BYTES", 1000)

@@ -7,7 +7,7 @@ from pykalm.model import products as module
 from pykalm.model.products import exact_float32, products
 from tests.laws.common import replaced
 
-with_onednn = pytest.mark.skipif(not module._has_onednn(), reason="no products of oneDNN on this processor")
+with_onednn = pytest.mark.skipif(not module.has_onednn(), reason="no products of oneDNN on this processor")
 
 
 def drawn(rows: int, width: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_the_bits_do_not_depend_on_how_queries_and_vectors_are_cut(width: int, t
 @pytest.mark.parametrize(("queries", "columns"), [(1, 1), (3, 40), (40, 3), (64, 100)])
 def test_scores_are_inner_products_in_float32(onednn: bool, queries: int, columns: int) -> None:
     query, vectors = drawn(queries, 576), drawn(columns + 1, 576)[1:]
-    with replaced(module, "_has_onednn", lambda: onednn and torch.backends.mkldnn.is_available()):
+    with replaced(module, "has_onednn", lambda: onednn and torch.backends.mkldnn.is_available()):
         found = products(query.requires_grad_(), vectors.T.contiguous().T)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.detach().double(), query.detach().double() @ vectors.double().T, rtol=0, atol=3e-4)

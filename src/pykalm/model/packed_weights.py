@@ -1,11 +1,12 @@
 """Weights that do not learn, kept once more in the order in which a CPU's matrix products read them.
 
-Each product would otherwise bring its weight into that order first, which is 4 to 10 % of it (docs/log.md). The results are
-the same to the last bit.
+Each product would otherwise bring its weight into that order first, which is 4 to 10 % of it (docs/log.md). In bfloat16 the
+results are the same to the last bit; in float32, where PyTorch's own products are MKL's, they add up in another order.
 """
 
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pykalm.model.layers import computed_dtype, find_layers
+from pykalm.model.products import has_onednn
 
 MOST_BYTES = 2 << 30
 """What copies may take, two of every weight: for products and for gradients at their inputs. A larger model has none."""
@@ -59,7 +61,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack_frozen_weights(model: Any) -> None:
-    """Let the frozen linear modules in the layers of a Hugging Face model in bfloat16 on a CPU compute with copies.
+    """Let the frozen linear modules in the layers of a Hugging Face model on a CPU compute with copies.
 
     Adapters beside them do so by themselves. Nothing happens where the copies would be too large, or the machine has no such
     products.
@@ -135,14 +137,24 @@ def _can_be_packed(weight: Tensor) -> bool:
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and weight.dtype in _formats()
         and not weight.requires_grad
         and not weight.is_inference()
         and weight.is_contiguous()
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
+
+
+@cache
+def _formats() -> tuple[torch.dtype, ...]:
+    """Return the number formats of which the machine has such products."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return ()
+    has = {
+        torch.float32: has_onednn(),
+        torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    }
+    return tuple(dtype for dtype in has if has[dtype])
 
 
 def _register(weight: Tensor) -> None:

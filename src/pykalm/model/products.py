@@ -21,7 +21,7 @@ def products(query: Tensor, vectors: Tensor) -> Tensor:
     if min(len(query), len(vectors)) < TILE:
         padded = (F.pad(side, (0, 0, 0, max(0, TILE - len(side)))) for side in (query, vectors))
         return products(*padded)[: len(query), : len(vectors)]
-    if query.device.type == "cpu" and _has_onednn():
+    if query.device.type == "cpu" and has_onednn():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
             query.detach().contiguous(), vectors.detach().contiguous(), None, "none", [], ""
         )
@@ -30,7 +30,8 @@ def products(query: Tensor, vectors: Tensor) -> Tensor:
 
 
 @cache
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Return whether products of float32 can be oneDNN's here."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return (
         available
