@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,13 @@ from rich.console import Console
 from torch._dynamo.exc import TorchDynamoException
 
 from pykalm import cli
-from pykalm.bench import machine, scaling, utilisation
+from pykalm.bench import machine, scaling, training, utilisation
 from pykalm.bench.bench import plain
 from pykalm.bench.plan import Plan, Workshop, passes
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
 from pykalm.bench.table import bench_table
 from pykalm.bench.timing import Spread
+from pykalm.bench.training import Work
 from pykalm.model import run as run_module
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
@@ -60,6 +62,34 @@ def test_training_is_measured_by_graph_and_batching(results: dict[str, Any]) -> 
         low, high = found["spread"]["examples_per_second"]
         assert low <= found["examples_per_second"] <= high
         assert found["separate_unpadded"]["tokens_per_triple"] > found["tokens_per_triple"]
+
+
+def test_the_steps_of_kalm_are_taken_with_compiled_layers_as_well_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiling itself is tests/model/test_faster.py's."""
+    encoder, taken = tiny_encoder(), set()
+    shop = SimpleNamespace(
+        plan=Plan(repeats=1, threads=1), run=lambda _: SimpleNamespace(encoder=encoder), device=encoder.device
+    )
+
+    def step(name: str, number: int) -> Work:
+        first = next(stack[0] for _, stack in find_layers(encoder.causal_lm))
+        taken.add((name, first._compiled_call_impl is not None))
+        return Work(1, 2, 1, host_seconds=1e-9)
+
+    monkeypatch.setattr(training, "published_systems", lambda *_: {
+        name: partial(step, "published") for name in (training.PUBLISHED, training.LEAN)})  # fmt: skip
+    monkeypatch.setattr(training.KalmSystem, "build", lambda run, batching, packed: partial(
+        step, batching if packed else "separate"))  # fmt: skip
+    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", lambda *_: None)
+    found = training.measure_training(shop, "people")  # type: ignore[arg-type]
+    assert taken == {
+        ("published", False), ("separate", False), ("random", False), ("random", True), ("neighbourhood", False),
+        ("neighbourhood", True),
+    }  # fmt: skip
+    assert found.compiled.keys() == found.batchings.keys() == {"random", "neighbourhood"}
+    assert not any(layer._compiled_call_impl for _, stack in find_layers(encoder.causal_lm) for layer in stack)
 
 
 def test_a_ratio_lies_between_those_of_the_rounds(results: dict[str, Any]) -> None:

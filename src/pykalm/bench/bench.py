@@ -17,7 +17,7 @@ from pykalm.bench.published import BATCH_SIZE, COMPLETIONS
 from pykalm.bench.ranking import measure_ranking
 from pykalm.bench.scaling import measure_scaling
 from pykalm.bench.timing import Spread
-from pykalm.bench.training import GraphTraining, measure_training
+from pykalm.bench.training import GraphTraining, TrainingSpeed, measure_training
 from pykalm.bench.utilisation import Utilisation, measure_utilisation
 from pykalm.files import replace_file
 
@@ -71,10 +71,19 @@ def _training(measured: GraphTraining) -> Results:
     """Return `<batching>.examples_per_second` and the like, with the baselines beside them."""
     batchings = {}
     for name, speed in measured.batchings.items():
-        ratios = {field: value for field, value in vars(speed).items() if field.startswith("ratio")}
-        batchings[name] = plain({**vars(speed.kalm), **ratios}) | {"separate_unpadded": plain(speed.separate_unpadded)}
+        compiled = measured.compiled.get(name)
+        batchings[name] = _with_ratios(speed) | {
+            "compiled": compiled and _with_ratios(compiled),
+            "separate_unpadded": plain(speed.separate_unpadded),
+        }
     baselines = ("published", "published_without_unused")
     return {**batchings, **{name: plain(getattr(measured, name)) for name in baselines}}
+
+
+def _with_ratios(speed: TrainingSpeed) -> Results:
+    ratios = {field: value for field, value in vars(speed).items() if field.startswith("ratio")}
+    found: Results = plain({**vars(speed.kalm), **ratios})
+    return found
 
 
 def _utilisation(measured: Utilisation) -> Results:

@@ -43,7 +43,10 @@ def _training_table(train: Mapping[str, Any]) -> Table:
             table.add_row(
                 graph, f"separate, {batching}", *_speed_cells(systems[batching]["separate_unpadded"], ratios=False)
             )
-            table.add_row(graph, f"kalm, {batching}", *_speed_cells(systems[batching], ratios=True), style="bold")
+            kalm, compiled = systems[batching], systems[batching].get("compiled")
+            table.add_row(graph, f"kalm, {batching}", *_speed_cells(kalm, ratios=True), style="bold")
+            if compiled:
+                table.add_row(graph, f"kalm, {batching}, compiled", *_speed_cells(compiled, ratios=True), style="bold")
     return table
 
 

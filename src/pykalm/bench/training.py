@@ -2,12 +2,14 @@
 
 An example is one triple trained in both directions, for all systems alike. A step's time includes its batch (drawn, put
 into words, laid out or padded) and the optimiser's step. All systems of a graph take turns, each with other triples of the
-graph at every call.
+graph at every call. Kalm takes each step once more with compiled layers where the machine can.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,17 +27,23 @@ from pykalm.bench.plan import (
 )
 from pykalm.bench.published import PublishedRecipe, draw_step
 from pykalm.bench.timing import Spread, Timed, interleaved, paired_ratio, time_call
+from pykalm.errors import ModelError
 from pykalm.graph.graph import IntArray
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
 from pykalm.learn.step import joint_gradient
+from pykalm.model.compiled import compile_layers, left_plain, undo_compiling
 from pykalm.model.encoder import Encoder
 from pykalm.model.run import Run
 
 PUBLISHED, LEAN = "published", "published_without_unused"
 KALM, SEPARATE = "kalm", "separate_unpadded"
+COMPILED = "compiled"
+"""What a way of batching is called behind its name where layers are compiled (training.compile)."""
 
 # METHOD.md §5, on both sides.
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.001, 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +96,15 @@ class TrainingSpeed:
 
 @dataclass(frozen=True)
 class GraphTraining:
-    """Hold the measurements on one graph: the published recipe with and without what it never uses, and kalm by batching."""
+    """Hold the measurements on one graph: the published recipe with and without what it never uses, and kalm by batching.
+
+    compiled: the batchings once more, with compiled layers; empty where that was not measured.
+    """
 
     published: SystemSpeed
     published_without_unused: SystemSpeed
     batchings: dict[str, TrainingSpeed]
+    compiled: dict[str, TrainingSpeed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +188,41 @@ def measure_training(workshop: Workshop, graph: str) -> GraphTraining:
     for batching in BATCHINGS:
         systems[f"{KALM} {batching}"] = KalmSystem.build(run, batching, packed=True)
         systems[f"{SEPARATE} {batching}"] = KalmSystem.build(run, batching, packed=False)
-    timed = interleaved(systems, repeats=workshop.plan.repeats, device=workshop.device)
-    speeds = {batching: _compare(timed, batching) for batching in BATCHINGS}
-    return GraphTraining(SystemSpeed.of(timed[PUBLISHED]), SystemSpeed.of(timed[LEAN]), speeds)
+    with maybe_compiled(workshop, run.encoder) as compiled:
+        taken: dict[str, Callable[[int], Work]] = {
+            name: partial(take_plainly, run.encoder, system) for name, system in systems.items()
+        }
+        if compiled:
+            taken |= {f"{KALM} {batching}, {COMPILED}": systems[f"{KALM} {batching}"] for batching in BATCHINGS}
+        timed = interleaved(taken, repeats=workshop.plan.repeats, device=workshop.device)
+    return GraphTraining(
+        SystemSpeed.of(timed[PUBLISHED]),
+        SystemSpeed.of(timed[LEAN]),
+        {batching: _compare(timed, batching) for batching in BATCHINGS},
+        {batching: _compare(timed, batching, f", {COMPILED}") for batching in BATCHINGS} if compiled else {},
+    )
+
+
+@contextmanager
+def maybe_compiled(workshop: Workshop, encoder: Encoder) -> Iterator[bool]:
+    """Compile the layers for a while; yields whether they are: the machine may have no compiler, the short form no time."""
+    compiled = not workshop.plan.quick
+    if compiled:
+        try:
+            compile_layers(encoder)
+        except ModelError as error:
+            log.warning("kalm: no figures with compiled layers: %s", error)
+            compiled = False
+    try:
+        yield compiled
+    finally:
+        undo_compiling(encoder)
+
+
+def take_plainly(encoder: Encoder, system: Callable[[int], Work], number: int) -> Work:
+    """Take a step of a system by layers as they are without compiling."""
+    with left_plain(encoder):
+        return system(number)
 
 
 def published_systems(workshop: Workshop, run: Run, graph: str) -> dict[str, PublishedSystem]:
@@ -210,8 +254,8 @@ def rates(steps: Sequence[Timed[Work]]) -> list[float]:
     return [step.value.num_triples / step.seconds for step in steps]
 
 
-def _compare(timed: dict[str, list[Timed[Work]]], batching: str) -> TrainingSpeed:
-    kalm, separate = timed[f"{KALM} {batching}"], timed[f"{SEPARATE} {batching}"]
+def _compare(timed: dict[str, list[Timed[Work]]], batching: str, way: str = "") -> TrainingSpeed:
+    kalm, separate = timed[f"{KALM} {batching}{way}"], timed[f"{SEPARATE} {batching}"]
     ratios = [paired_ratio(rates(kalm), rates(other)) for other in (timed[PUBLISHED], timed[LEAN], separate)]
     return TrainingSpeed(SystemSpeed.of(kalm), SystemSpeed.of(separate), *ratios)
 

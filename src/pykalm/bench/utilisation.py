@@ -1,6 +1,5 @@
 """Useful operations per second of a training step, beside the best that a matrix product reaches on the same machine."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,20 +9,11 @@ from pykalm.bench.flops import model_cost, useful_flops
 from pykalm.bench.machine import matmul_peak
 from pykalm.bench.plan import BATCHINGS, Workshop
 from pykalm.bench.timing import Spread, interleaved, paired_ratio
-from pykalm.bench.training import KalmSystem, Work
-from pykalm.errors import ModelError
-from pykalm.model.compiled import compile_layers, left_plain, undo_compiling
-from pykalm.model.encoder import Encoder
-
-log = logging.getLogger(__name__)
+from pykalm.bench.training import COMPILED, KalmSystem, maybe_compiled, take_plainly
 
 WARMUPS = 3
 """Steps before those that count. On a CPU each thread holds what its chunks keep; until each has held the most that may come
 to it, memory is asked of the system, page by page: over a third of a first step's processor time (docs/log.md)."""
-
-
-COMPILED = "compiled"
-"""What a way of batching is called behind its name where layers are compiled (training.compile)."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +38,20 @@ def measure_utilisation(workshop: Workshop, graph: str) -> Utilisation:
     """Measure steps and matrix products in turn; each step is held against the best product of its round."""
     run = workshop.run(graph)
     cost, device = model_cost(run.encoder), workshop.device
-    compiled = not workshop.plan.quick and _can_compile(run.encoder)
-    systems: dict[str, Callable[[int], Any]] = {}
-    for batching in BATCHINGS:
-        system = KalmSystem.build(run, batching, packed=True)
-        systems[batching] = partial(_take_plainly, system)
-        if compiled:
-            systems[f"{batching}, {COMPILED}"] = system
+    ways = {batching: KalmSystem.build(run, batching, packed=True) for batching in BATCHINGS}
 
     def peak(number: int) -> float:
         return matmul_peak(device, width=run.encoder.width, dtype=run.encoder.compute_dtype)
 
-    try:
+    with maybe_compiled(workshop, run.encoder) as compiled:
+        systems: dict[str, Callable[[int], Any]] = {}
+        for batching, system in ways.items():
+            systems[batching] = partial(take_plainly, run.encoder, system)
+            if compiled:
+                systems[f"{batching}, {COMPILED}"] = system
         timed = interleaved({**systems, "peak": peak}, repeats=workshop.plan.repeats, device=device, warmups=WARMUPS)
-    finally:
-        undo_compiling(run.encoder)
     peaks = [call.value for call in timed["peak"]]
     flops = {name: [useful_flops(cost, step.value.batch) / step.seconds for step in timed[name]] for name in systems}
     share = {name: paired_ratio(speeds, peaks) for name, speeds in flops.items()}
     speeds = {name: Spread.of(speeds) for name, speeds in flops.items()}
     return Utilisation(run.graph.name, share, speeds, Spread.of(peaks))
-
-
-def _take_plainly(system: KalmSystem, number: int) -> Work:
-    with left_plain(system.encoder):
-        return system(number)
-
-
-def _can_compile(encoder: Encoder) -> bool:
-    """Compile the layers; return whether this machine can, and say so where it cannot."""
-    try:
-        compile_layers(encoder)
-    except ModelError as error:
-        log.warning("kalm: no utilisation with compiled layers: %s", error)
-        return False
-    return True
