@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -202,6 +203,25 @@ def test_vectors_that_score_the_same_are_level_for_any_number_of_threads(threads
         assert [level_with_its_target(width) for width in (16, 100, 576)] == [[500] * 40] * 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_entities_beyond_float32s_whole_numbers_are_counted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2²⁴ entities on they are added up in float64."""
+    cut, case = Candidates.cut, random_case(11, num_queries=23, num_entities=50)
+
+    def in_float64(*given: Any, **settings: Any) -> Candidates:
+        found = cut(*given, **settings)
+        return replace(found, entities_of_row=found.entities_of_row.double())
+
+    monkeypatch.setattr(Candidates, "cut", in_float64)
+    assert columns(run(case, chunk_entities=7)) == brute_force(case)
+
+
+def test_ranks_do_not_depend_on_autocast() -> None:
+    """Counts beyond 256 are no numbers of bfloat16."""
+    case = random_case(10, num_queries=20, num_entities=1500)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert columns(run(case)) == columns(run(case, chunk_entities=100)) == brute_force(case)
 
 
 def test_known_answers_are_removed_not_lowered() -> None:

@@ -19,10 +19,9 @@ from pykalm.model.packed_weights import PackedLinear, gradient_at_rows, pack_fro
 from pykalm.model.products import has_onednn
 from tests.tiny_models import tiny_model
 
-pytestmark = pytest.mark.skipif(
+with_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bfloat16 on this processor"
 )
-
 with_float32 = pytest.mark.skipif(not has_onednn(), reason="no products of oneDNN in float32 on this processor")
 
 
@@ -32,6 +31,7 @@ def weight_with_copies(out: int = 48, width: int = 32, dtype: torch.dtype = torc
     return weight
 
 
+@with_bfloat16
 @pytest.mark.parametrize("rows", [0, 1, 7, 300])
 @pytest.mark.parametrize(("out", "width"), [(48, 32), (33, 100), (1536, 576)])
 def test_products_are_the_same_bits(rows: int, out: int, width: int) -> None:
@@ -60,6 +60,20 @@ def test_products_of_float32_are_the_same_but_for_rounding(rows: int, out: int, 
     assert copies.transposed is not None
 
 
+@with_float32
+def test_a_weight_that_is_cast_there_and_back_is_read_anew() -> None:
+    """Its place may be the same again, its numbers are not: bfloat16 has fewer digits."""
+    for size in (32, 256, 1024, 4096):
+        weight = nn.Parameter(torch.randn(size, size), requires_grad=False)
+        packed_weights._register(weight)
+        x = torch.randn(4, size)
+        product(x, weight)
+        weight.data = weight.data.bfloat16()
+        weight.data = weight.data.float()
+        assert torch.equal(product(x, weight), nn.functional.linear(x, weight)), size
+
+
+@with_bfloat16
 def test_a_weight_that_was_written_to_is_read_anew() -> None:
     weight, x = weight_with_copies(), torch.randn(5, 32).bfloat16()
     product(x, weight)
@@ -69,6 +83,7 @@ def test_a_weight_that_was_written_to_is_read_anew() -> None:
     assert torch.equal(product(x, weight), nn.functional.linear(x, weight))
 
 
+@with_bfloat16
 def test_copies_go_with_their_weight_and_another_in_its_place_has_none() -> None:
     weight = weight_with_copies()
     place = weight.data_ptr()
@@ -97,6 +112,7 @@ def states_and_gradients(encoder: Encoder) -> list[torch.Tensor]:
     return [states.detach(), *torch.autograd.grad(states.float().square().sum(), learned)]
 
 
+@with_bfloat16
 @pytest.mark.parametrize("targets", ["mlp", "all-linear"])
 def test_a_model_computes_the_same_bits_with_packed_weights(targets: str) -> None:
     """States and the gradients of adapters, beside layers that are adapted and layers that are not."""
@@ -127,6 +143,7 @@ def test_a_model_in_float32_computes_the_same_but_for_rounding(targets: str) -> 
     assert copies.own is not None, "that is, it was computed with the copy"
 
 
+@with_bfloat16
 def test_what_learns_what_is_float16_and_what_is_too_large_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(model: nn.Module) -> int:
         pack_frozen_weights(model)
@@ -141,6 +158,7 @@ def test_what_learns_what_is_float16_and_what_is_too_large_is_left_alone(monkeyp
     assert packed(frozen) > 0
 
 
+@with_bfloat16
 def test_an_adapter_that_is_merged_into_its_weight_is_seen() -> None:
     """peft writes to `weight.data`, past all that would tell."""
     encoder, tokens = adapted_encoder("all-linear"), torch.arange(3, 11)[None]
@@ -160,6 +178,7 @@ def test_an_adapter_that_is_merged_into_its_weight_is_seen() -> None:
     assert torch.allclose(states(), merged, atol=1e-6)
 
 
+@with_bfloat16
 def test_a_bias_is_read_as_products_read_it_and_may_learn_later() -> None:
     weight, x = weight_with_copies(), torch.randn(5, 32).bfloat16()
     bias = torch.randn(96)[::2]

@@ -46,14 +46,31 @@ def test_no_vectors_have_no_scores() -> None:
 
 
 def test_a_faster_format_that_was_allowed_is_not_used() -> None:
-    """1 + 2⁻¹⁰ is no bfloat16: rounded to one, its product with 1 is 1."""
+    """Whether a processor would take it or not: oneDNN is told not to, and autocast is off."""
     backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:
-        with exact_float32():
-            found = products(torch.full((16, 16), 1 + 2**-10), torch.eye(16))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with exact_float32():
+                assert backend.fp32_precision == "ieee"
+                assert (torch.ones(1, 300) @ torch.ones(300, 1)).dtype == torch.float32
+            assert torch.is_autocast_enabled("cpu")
         assert backend.fp32_precision == "bf16"
     finally:
         backend.fp32_precision = before
-    assert torch.equal(found, torch.full((16, 16), 1 + 2**-10))
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_scores_have_no_gradient(onednn: bool) -> None:
+    with replaced(module, "has_onednn", lambda: onednn and torch.backends.mkldnn.is_available()):
+        assert not products(drawn(20, 8).requires_grad_(), drawn(30, 8)).requires_grad
+
+
+def test_few_queries_leave_the_vectors_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question about a million entities: their vectors are not copied for it."""
+    padded: list[int] = []
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(module.F, "pad", lambda rows, by: padded.append(len(rows)) or pad(rows, by))
+    assert products(drawn(1, 8), drawn(500, 8)).shape == (1, 500)
+    assert padded == [1]

@@ -144,7 +144,7 @@ def _count_rows(
     edges = np.searchsorted(asked[1][order], [block.start for block in candidates.blocks] + [len(candidates.vectors)])
     queries, rows = (torch.from_numpy(side[order]).to(device) for side in asked)
     wanted = torch.from_numpy(query_of_target).to(device)
-    one_each = np.array_equal(query_of_target, np.arange(len(query)))  # the scores themselves, read for the last time
+    one_each = np.array_equal(query_of_target, np.arange(len(query)))
     above, at_least = (torch.zeros(len(thresholds), dtype=torch.int64, device=device) for _ in range(2))
     looked_up = torch.empty(len(order), device=device)
     for block, (start, stop) in zip(candidates.blocks, pairwise(edges.tolist()), strict=True):
@@ -156,13 +156,9 @@ def _count_rows(
             # Written as numbers: a comparison that writes booleans takes four times as long, and they do not add up.
             chosen = scores if one_each else scores.index_select(0, wanted[part])
             at_threshold = thresholds[part, None]
-            at_least[part] += _weighted(torch.ge(chosen, at_threshold, out=torch.empty_like(chosen)), weights)
-            above[part] += _weighted(chosen.gt_(at_threshold), weights)
+            found = torch.empty(chosen.shape, dtype=weights.dtype, device=device)
+            at_least[part] += (torch.ge(chosen, at_threshold, out=found) @ weights).long()
+            above[part] += (torch.gt(chosen, at_threshold, out=found) @ weights).long()
     unsorted = torch.empty_like(looked_up)
     unsorted[torch.from_numpy(order).to(device)] = looked_up
     return above.cpu().numpy(), (at_least - above).cpu().numpy(), unsorted.cpu().numpy()
-
-
-def _weighted(found: Tensor, weights: Tensor) -> Tensor:
-    """Return for each row of found (P, C), ones and zeros, the whole number (P,) that the weights (C,) of its ones make."""
-    return (found.to(weights.dtype) @ weights).long()

@@ -86,10 +86,10 @@ def rank(
     `device`, by default where the entities are; these are moved there block by block and may lie on disk.
 
     Beside what is given, the result and 12 bytes a vector, memory is at most, with c = chunk_queries (256 at least) and
-    e = chunk_entities, 12·c·e bytes for scores, 4·D·(c + 2·e) + 8·D·c for vectors, and 80 for each pair of a target and a
-    known answer of c queries: it grows neither with B nor with E. Raises ModelError where a score may be NaN or
-    infinite: it has no rank. All processes call it with the same vectors and share the chunks of queries out, so that
-    ranks are those of one process. EVALUATION.md §1.
+    e = chunk_entities, 12·c·e bytes for scores (16·c·e from 2²⁴ entities on), 4·D·(c + 2·e) + 8·D·c for vectors, and 80
+    for each pair of a target and a known answer of c queries: it grows neither with B nor with E. Raises ModelError where
+    a score may be NaN or infinite: it has no rank. All processes call it with the same vectors and share the chunks of
+    queries out, so that ranks are those of one process. EVALUATION.md §1.
     """
     offsets, known_entities = known
     wanted = np.arange(len(targets)) if query_of_target is None else query_of_target

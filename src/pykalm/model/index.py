@@ -22,7 +22,7 @@ from pykalm.errors import ModelError, RunError
 from pykalm.files import replace_file
 from pykalm.graph.graph import IntArray
 from pykalm.model.encoder import Progress
-from pykalm.model.products import products
+from pykalm.model.products import exact_float32, products
 from pykalm.text.texts import Texts, TokenIds, sorted_rows
 
 FORMAT = 1
@@ -151,7 +151,8 @@ def entity_scores(query: Tensor, vectors: Tensor, row_of_entity: Tensor) -> Tens
     # In parts, so that narrower vectors are not all copied into float32 at once.
     starts = range(0, max(1, len(vectors)), VECTORS_AT_ONCE)
     parts = (vectors[start : start + VECTORS_AT_ONCE].float() for start in starts)
-    scores = torch.cat([products(query.float(), part) for part in parts], dim=1)
+    with exact_float32():
+        scores = torch.cat([products(query.float(), part) for part in parts], dim=1)
     for extreme in scores.aminmax() if scores.numel() else ():  # aminmax keeps a NaN, and needs no memory
         require_finite(float(extreme))
     return scores.index_select(1, row_of_entity)

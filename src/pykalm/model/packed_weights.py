@@ -24,9 +24,13 @@ ROWS = 1024
 
 @dataclass(eq=False)
 class _Copies:
-    """Hold a weight's copies, made when they are first asked for: of itself, and of its transpose."""
+    """Hold a weight's copies, made when they are first asked for: of itself, and of its transpose.
+
+    memory: where its numbers were; a cast there and back may give it the same place again, with other numbers.
+    """
 
     weight: "weakref.ref[Tensor]"
+    memory: "weakref.ref[torch.UntypedStorage]"
     version: int
     own: Tensor | None = None
     transposed: Tensor | None = None
@@ -161,7 +165,7 @@ def _register(weight: Tensor) -> None:
     """Note that a weight may have copies, until it is gone."""
     place = weight.data_ptr()
     if _copies_of(weight) is None:
-        _copies[place] = _Copies(weakref.ref(weight), weight._version)
+        _copies[place] = _Copies(weakref.ref(weight), weakref.ref(weight.untyped_storage()), weight._version)
         weakref.finalize(weight, _forget, place, _copies[place])
 
 
@@ -181,8 +185,9 @@ def _copies_of(weight: Tensor) -> _Copies | None:
     owner = None if copies is None else copies.weight()
     if copies is None or owner is None or owner.data_ptr() != weight.data_ptr():
         return None
-    same = owner.shape == weight.shape and owner._version == copies.version and weight.is_contiguous()
-    return copies if same else None
+    same = owner.shape == weight.shape and owner.dtype == weight.dtype and weight.is_contiguous()
+    untouched = owner._version == copies.version and copies.memory() is weight.untyped_storage()
+    return copies if same and untouched else None
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Scores: inner products in float32, the same numbers however queries and vectors are cut.
+"""Scores: inner products in float32, on x86 the same numbers however queries and vectors are cut.
 
-On x86 they are oneDNN's. PyTorch's own product of float32 is MKL's, which on AMD's processors takes twice the time or more,
-and which adds up in another order where more threads share few rows (docs/log.md).
+There they are oneDNN's. PyTorch's own product of float32 is MKL's, which on AMD's processors takes twice the time or more,
+and which adds up in another order where four threads or more share few rows. That oneDNN's order never changes was tried up to
+16,384 columns; with AVX-512 it does beyond some 20,000. Other processors and GPUs were not looked at (docs/log.md).
 """
 
 from collections.abc import Iterator
@@ -18,15 +19,16 @@ TILE = 16
 
 def products(query: Tensor, vectors: Tensor) -> Tensor:
     """Return the scores (Q, C) of query (Q, D) with vectors (C, D), all float32 and on one device, without gradients."""
-    if min(len(query), len(vectors)) < TILE:
-        padded = (F.pad(side, (0, 0, 0, max(0, TILE - len(side)))) for side in (query, vectors))
-        return products(*padded)[: len(query), : len(vectors)]
-    if query.device.type == "cpu" and has_onednn():
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(
-            query.detach().contiguous(), vectors.detach().contiguous(), None, "none", [], ""
-        )
-        return found
-    return query @ vectors.T
+    left, right = _whole_tile(query.detach()), _whole_tile(vectors.detach())
+    if left.device.type == "cpu" and has_onednn():
+        scores: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.contiguous(), None, "none", [], "")
+    else:
+        scores = left @ right.T
+    return scores[: len(query), : len(vectors)]
+
+
+def _whole_tile(rows: Tensor) -> Tensor:
+    return rows if len(rows) >= TILE else F.pad(rows, (0, 0, 0, TILE - len(rows)))
 
 
 @cache
@@ -44,13 +46,14 @@ def has_onednn() -> bool:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Let products of float32 be computed in float32, whatever faster format (TF32, bfloat16) has been allowed."""
+    """Let products of float32 be computed in float32, whatever faster format (TF32, bfloat16, autocast) has been allowed."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
