@@ -35,13 +35,10 @@ def _whole_tile(rows: Tensor) -> Tensor:
 def has_onednn() -> bool:
     """Return whether products of float32 can be oneDNN's here."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return (
-        available
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability().startswith(
-            "AVX"
-        )  # its orders of adding up were looked at there only
-    )
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX"
+    )  # its orders of adding up were looked at there only
+    return available and is_x86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @contextmanager
