@@ -18,7 +18,8 @@ from pykalm.api import batch_builder
 from pykalm.bench.flops import model_cost, useful_flops
 from pykalm.bench.machine import matmul_peak
 from pykalm.cli import watch_training
-from pykalm.errors import KalmError
+from pykalm.config import parse_overrides
+from pykalm.errors import ConfigError, KalmError
 from pykalm.evaluate.links import LinkPredictionReport
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.state import read_metrics
@@ -56,15 +57,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="known name, hub id, folder or GGUF file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the run; runs/gpu-GRAPH by default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; may be repeated")
     parser.add_argument("--dry", action="store_true", help="two steps on a CPU and the bundled graph")
     parser.add_argument("--results", type=Path, help="where to append; docs/results.md, or RUN/results.md with --dry")
     return parser.parse_args(arguments)
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of scripts/gpu.yaml for the graph, or for the dry form."""
+    """Return the settings of scripts/gpu.yaml for the graph, or for the dry form, and those of the command line.
+
+    Raises ConfigError for one that is not KEY=VALUE.
+    """
     table = yaml.safe_load(SETTINGS_FILE.read_text(encoding="utf-8"))
-    return {**table["all"], **table["dry" if given.dry else given.graph], "seed": given.seed}
+    problems: list[str] = []
+    own = {setting.key: setting.value for setting in parse_overrides(given.set, problems)}
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {**table["all"], **table["dry" if given.dry else given.graph], "seed": given.seed, **own}
 
 
 def append_result(given: argparse.Namespace) -> str:
@@ -102,8 +111,8 @@ def section(
     device = run.encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     best = [line["valid_mrr"] for line in metrics if line.get("valid_mrr") is not None]
-    options = f"--graph {given.graph}" if not given.dry else "--dry"
-    command = f'make gpu ARGUMENTS="{options} --model {given.model} --seed {given.seed}"'
+    options = [f"--graph {given.graph}" if not given.dry else "--dry", *(f"--set {one}" for one in given.set)]
+    command = f'make gpu ARGUMENTS="{" ".join(options)} --model {given.model} --seed {given.seed}"'
     asked = f"{len(report.triples):,} test triples, both directions, all {run.graph.num_entities:,} entities, filtered"
     return f"""
 ## {datetime.date.today()} · {run.graph.name} on {name}{" (dry: shows that it runs, nothing else)" * given.dry}

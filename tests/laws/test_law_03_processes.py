@@ -155,7 +155,7 @@ def completion_loss_is_a_mean_of_means() -> AbstractContextManager[None]:
     right = step._written
 
     def wrong(encoder: Encoder, batch: Batch, states: Tensor, chunk: Any, **options: Any) -> Tensor:
-        share = step._share(encoder, batch, 1 << 20)
+        share = step.own_share(encoder, batch, 1 << 20)
         answers = sum(len(some.answers) for some in share.chunks)
         factor = len(batch.answer_nodes) / max(1, answers) / processes.count()
         return right(encoder, batch, states, chunk, **options) * torch.tensor([factor, 1.0])

@@ -172,7 +172,7 @@ def test_a_machine_that_cannot_compile_is_told_what_to_do(monkeypatch: pytest.Mo
         raise TorchDynamoException("no working C++ compiler found")
 
     encoder = tiny_encoder().train()
-    monkeypatch.setattr(compiled, "_pass_and_gradient", refuse)
+    monkeypatch.setattr(compiled, "_passes_and_gradient", refuse)
     with pytest.raises(
         ModelError, match=r"training\.compile: wanted to compile.*no working C\+\+.*training\.compile=false"
     ):
@@ -253,7 +253,7 @@ def test_what_is_kept_compiled_is_kept_under_the_sources_of_all_our_operations(
     def kept_under(source: str) -> str:
         (tmp_path / "operations.py").write_text(source, encoding="utf-8")
         compiled._operations.cache_clear()
-        return str(compiled._options(torch.device("cpu"))["aot_inductor.metadata"])
+        return str(compiled._options(torch.device("cpu"))["options"]["aot_inductor.metadata"])
 
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "WITH_OPERATIONS", [SimpleNamespace(__file__=str(tmp_path / "operations.py"))])
@@ -289,7 +289,7 @@ def test_nothing_is_compiled_any_more_for_the_first_rows_of_a_training() -> None
         trie, before = build_batch(encoder, verbalizer).trie, counters["stats"]["unique_graphs"]
         rows = trie.chunks(encoder.chunk_tokens)[0]
         assert len(set(trie.row_lengths[rows].tolist())) > 1
-        compiled._pass_and_gradient(encoder.train(), row_group(trie, rows))
+        compiled._passes_and_gradient(encoder.train(), [row_group(trie, rows)])
         assert counters["stats"]["unique_graphs"] == before > 0, reads_unpadded
 
 
@@ -306,7 +306,7 @@ def test_whatever_a_compiler_raises_leaves_the_layers_as_they_were(monkeypatch: 
         raise AssertionError("expected size 8==12")
 
     encoder = tiny_encoder()
-    monkeypatch.setattr(compiled, "_pass_and_gradient", refuse)
+    monkeypatch.setattr(compiled, "_passes_and_gradient", refuse)
     with pytest.raises(ModelError, match=r"AssertionError: expected size 8==12.*training\.compile=false"):
         compile_layers(encoder)
     assert not any(layer._compiled_call_impl for _, stack in find_layers(encoder.causal_lm) for layer in stack)

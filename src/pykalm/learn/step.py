@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pykalm.config import ObjectiveSettings
 from pykalm.learn.batches import Batch
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
+from pykalm.model.arrays import on_device
 from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE, part_of
@@ -63,7 +64,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class _Share:
+class Share:
     """Hold what this process computes of a batch: its rows in chunks, and the process (N,) of each of the N pooled nodes.
 
     own: those of the N that are its own; keeps_graph: whether the graph of all chunks is kept, which all processes decide
@@ -78,7 +79,9 @@ class _Share:
     at_once: int
 
 
-def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int) -> StepLoss:
+def joint_gradient(
+    encoder: Encoder, batch: Batch, objective: ObjectiveSettings, *, memory_tokens: int, share: Share | None = None
+) -> StepLoss:
     """Add the gradient of L = L_exp + λ · L_imp + β · L_kl to every parameter; return the losses. METHOD.md §4, §6.
 
     All chunks of the trie are read, then L_exp gives the gradient at their vectors, then each chunk learns from that and from
@@ -87,9 +90,10 @@ def joint_gradient(encoder: Encoder, batch: Batch, objective: ObjectiveSettings,
     temperature takes part in both ways. On a CPU chunks are computed side by side; their gradients are added in one order.
 
     All processes call this with the same batch and empty gradients; each computes its share of the rows. Losses and
-    gradients are in every one of them those that one process would find. METHOD.md §7.13.
+    gradients are in every one of them those that one process would find. METHOD.md §7.13. share: `own_share` of the batch,
+    where it is known already.
     """
-    share = _share(encoder, batch, memory_tokens)
+    share = own_share(encoder, batch, memory_tokens) if share is None else share
     seed = int(torch.randint(1 << 62, ()))
     cuda = [encoder.device] if encoder.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # where a chunk draws from the generator of all, it is set for it
@@ -110,7 +114,7 @@ class _Step:
     encoder: Encoder
     batch: Batch
     objective: ObjectiveSettings
-    share: _Share
+    share: Share
     seeds: list[int]
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -205,7 +209,7 @@ def _weighted(written: Tensor, objective: ObjectiveSettings) -> Tensor:
     return objective.implicit_weight * written[0] + objective.kl_weight * written[1]
 
 
-def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
+def own_share(encoder: Encoder, batch: Batch, memory_tokens: int) -> Share:
     """Share the rows of a batch out, so that all processes have as many tokens, and chunk those of this one."""
     trie = batch.trie
     owner_of_row = share_out(trie.row_lengths)
@@ -223,7 +227,7 @@ def _share(encoder: Encoder, batch: Batch, memory_tokens: int) -> _Share:
     chunks = [_Chunk(group, *chain.from_iterable(map(group.find, asked))) for group in groups]
     # Shared weights are gathered for every pass, by all processes, so that all make as many.
     passes = max(map(len, chunked)) if is_sharded(encoder) else 1
-    return _Share(
+    return Share(
         pooled_nodes,
         owners,
         own,
@@ -250,7 +254,7 @@ def _even_chunks(trie: TokenTrie, rows: IntArray, most: int, at_once: int, *, pa
         return []
     tokens = int(trie.row_lengths[rows].sum())
     wanted = at_once * math.ceil(tokens / (at_once * most))
-    if at_once == 1 or tokens < wanted * LEAST_CHUNK_TOKENS:
+    if tokens < wanted * LEAST_CHUNK_TOKENS:
         return trie.chunks(min(most, LEAST_CHUNK_TOKENS) if at_once > 1 else most, rows)
     if padded:
         sizes = np.linspace(tokens / wanted, most, SIZES).astype(int).tolist()
@@ -267,12 +271,12 @@ def _idle_chunk(batch: Batch) -> _Chunk:
     return _Chunk(row_group(batch.trie, np.zeros(1, dtype=np.int64)), *([nothing] * 6))
 
 
-def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own: Tensor, share: _Share) -> Tensor:
+def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own: Tensor, share: Share) -> Tensor:
     """Return L_exp from this process's vectors (n, D) and those of the others, or 0 where it is off."""
     if not len(batch.positives):
         return torch.zeros((), device=encoder.device)
     device, vectors = encoder.device, gather_rows(own, share.owners)
-    rows = [torch.from_numpy(np.searchsorted(share.pooled_nodes, nodes)).to(device)
+    rows = [on_device(np.searchsorted(share.pooled_nodes, nodes), device)
             for nodes in (batch.query_nodes, batch.candidate_nodes)]  # fmt: skip
     query, candidates = vectors[rows[0]], vectors[rows[1]]
     return dual_view_loss(
@@ -281,8 +285,8 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
         log_scale=encoder.log_inverse_temperature,
         margin=objective.margin,
         views=objective.views,
-        positives=torch.from_numpy(batch.positives).to(device),
-        known=torch.from_numpy(batch.known).to(device),
+        positives=on_device(batch.positives, device),
+        known=on_device(batch.known, device),
     )
 
 
@@ -313,7 +317,7 @@ def _sum_of_logits(
     """
     if not len(places):
         return _nothing(encoder, states, with_logits=needed)
-    read, wanted = _at(states, places), [torch.from_numpy(target).to(encoder.device) for target in targets]
+    read, wanted = _at(states, places), [on_device(target, encoder.device) for target in targets]
 
     def part(some_states: Tensor, *some_targets: Tensor) -> Tensor:
         return loss_sum(encoder.logits(some_states), *some_targets)
@@ -363,7 +367,7 @@ def _vectors(encoder: Encoder, states: Tensor, chunk: _Chunk) -> Tensor:
 
 
 def _at(states: Tensor, places: IntArray) -> Tensor:
-    return states[torch.from_numpy(places).to(states.device)]
+    return states[on_device(places, states.device)]
 
 
 def _in_order(vectors: list[Tensor], chunks: list[_Chunk], count: int) -> Tensor:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from torch import nn
 
 from pykalm.config import Config
 from pykalm.errors import ModelError, ProcessError, TrainingError
+from pykalm.learn.ahead import built_ahead
 from pykalm.learn.batches import Batch, BatchBuilder, TripleOrder
 from pykalm.learn.clipping import clip_gradients
 from pykalm.learn.state import MetricsLog, Progress, load_state, save_state
-from pykalm.learn.step import StepLoss, joint_gradient
+from pykalm.learn.step import Share, StepLoss, joint_gradient, own_share
 from pykalm.learn.tracking import tracking
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
@@ -98,52 +98,54 @@ class Trainer:
             tracking(self.config, self.folder) as track,
             _one_interrupt() as interrupted,
             explained_memory(MEMORY_REMEDY, kind=TrainingError),
-            _built_ahead(self._build, self.num_steps, self.encoder.device) as batch_at,
         ):
             optimizer = _optimizer(parameters, self.config)
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
             self._require_the_same_everywhere(progress)
             metrics, speed = on_main(lambda: MetricsLog(self.folder, step=progress.step)), _Speed()
             self.encoder.train()
-            while progress.step < self.num_steps and not progress.finished:
-                speed.start()
-                step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
-                batch = batch_at(step)
-                with _step_randomness(self.config.seed, step, self.encoder.device):
-                    loss = joint_gradient(
-                        self.encoder,
-                        batch,
-                        self.config.objective,
-                        memory_tokens=training.memory_tokens,
-                    )
-                norm = clip_gradients(parameters.values(), training.clip_norm)
-                _require_numbers(loss, norm, step, progress)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad()
-                _require_temperature(self.encoder.temperature(), step, progress)
-                progress.step += 1
-                speed.stop(batch)
-                due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
-                mrr = self._evaluate(progress) if due else None
-                report = self._report(progress, batch, loss, norm, rate, speed, mrr)
-                if is_main():
-                    metrics.write(**vars(report))
-                    track(vars(report))
-                # Asked once, in all processes: an interrupt after the save is for the next step.
-                (stopped,) = any_of([interrupted.is_set()])
-                if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
-                    save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
-                if is_main():
-                    self.watch(report)
-                if stopped:
-                    raise KeyboardInterrupt
+            with built_ahead(self._build, self.num_steps, start=progress.step, device=self.encoder.device) as batch_at:
+                while progress.step < self.num_steps and not progress.finished:
+                    speed.start()
+                    step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
+                    batch, share = batch_at(step)
+                    with _step_randomness(self.config.seed, step, self.encoder.device):
+                        loss = joint_gradient(
+                            self.encoder,
+                            batch,
+                            self.config.objective,
+                            memory_tokens=training.memory_tokens,
+                            share=share,
+                        )
+                    norm = clip_gradients(parameters.values(), training.clip_norm)
+                    _require_numbers(loss, norm, step, progress)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    _require_temperature(self.encoder.temperature(), step, progress)
+                    progress.step += 1
+                    speed.stop(batch)
+                    due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
+                    mrr = self._evaluate(progress) if due else None
+                    report = self._report(progress, batch, loss, norm, rate, speed, mrr)
+                    if is_main():
+                        metrics.write(**vars(report))
+                        track(vars(report))
+                    # Asked once, in all processes: an interrupt after the save is for the next step.
+                    (stopped,) = any_of([interrupted.is_set()])
+                    if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
+                        save_state(self.folder, parameters, optimizer, progress, self.fingerprints)
+                    if is_main():
+                        self.watch(report)
+                    if stopped:
+                        raise KeyboardInterrupt
         return progress
 
-    def _build(self, step: int) -> Batch:
-        """Return the batch of a step: a function of seed and step, in every process the same."""
-        return self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+    def _build(self, step: int) -> tuple[Batch, Share]:
+        """Return the batch of a step, a function of seed and step alone, and this process's share of it."""
+        batch = self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+        return batch, own_share(self.encoder, batch, self.config.training.memory_tokens)
 
     def _require_the_same_everywhere(self, progress: Progress) -> None:
         """Raise ProcessError where another process has other content or another step, as from a folder that is not shared."""
@@ -215,27 +217,10 @@ def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.opt
         {"params": matrices, "weight_decay": config.training.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.training.learning_rate)
-
-
-@contextlib.contextmanager
-def _built_ahead(
-    build: Callable[[int], Batch], num_steps: int, device: torch.device
-) -> Iterator[Callable[[int], Batch]]:
-    """Yield what returns the batch of a step; beside a GPU the next one is built meanwhile, a CPU has no time for that."""
-    if device.type == "cpu":
-        yield build
-        return
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        ahead: dict[int, Future[Batch]] = {}
-
-        def batch_at(step: int) -> Batch:
-            batch = ahead.pop(step).result() if step in ahead else worker.submit(build, step).result()
-            if step + 1 < num_steps:
-                ahead[step + 1] = worker.submit(build, step + 1)
-            return batch
-
-        yield batch_at
+    fused = {parameter.device.type for parameter in parameters.values()} == {"cuda"}  # one kernel for many weights
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.training.learning_rate, fused=fused or None
+    )
 
 
 def _require_numbers(loss: StepLoss, norm: float, step: int, progress: Progress) -> None:

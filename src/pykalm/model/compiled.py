@@ -25,8 +25,6 @@ from pykalm.text.trie import RowGroup, build_trie, row_group
 FORMS = 64
 """Forms of a layer that are compiled when they are met; by default eight, and others are left slow. With and without gradient,
 dropout, a mask, an input that learns, one row and more, these come to more."""
-
-
 WITH_OPERATIONS = dropout, lora, matmul_attention, packed_weights
 """The modules that hold operations of ours, which compiled code calls as they are."""
 
@@ -47,7 +45,7 @@ def compile_layers(encoder: Encoder) -> None:
                 "bounds memory too."
             )
         for layer in _layers(encoder):
-            layer.compile(dynamic=True, options=_options(encoder.device), **limit)
+            layer.compile(**_options(encoder.device), **limit)
             _compute_by(layer, layer._compiled_call_impl)
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
@@ -69,8 +67,11 @@ def _options(device: torch.device) -> dict[str, Any]:
     On a CPU by code that calls its loops from C++ and lets go of Python's lock meanwhile, for which threads side by side wait
     half as long. PyTorch keeps compiled code on disk and does not look into our operations, which a new version may
     change; so it is kept under what they are, in the one option that holds any words and does nothing else here.
+    On a GPU for rows as long as those of a training, and any number of them: what a form met so far had in common stays.
     """
-    return {"cpp_wrapper": True, "aot_inductor.metadata": {"pykalm": _operations()}} if device.type == "cpu" else {}
+    if device.type != "cpu":
+        return {"dynamic": None}
+    return {"dynamic": True, "options": {"cpp_wrapper": True, "aot_inductor.metadata": {"pykalm": _operations()}}}
 
 
 def _limit() -> dict[str, int]:
@@ -90,11 +91,12 @@ def _operations() -> str:
 
 def _try(encoder: Encoder) -> None:
     """Compile what a training calls, in the threads that will."""
-    at_once, group, one_at_a_time = encoder.chunks_at_once(), _some_rows(encoder), Lock()
+    at_once, one_at_a_time = encoder.chunks_at_once(), Lock()
+    groups = _some_rows(encoder)
 
     def attempt(_: int) -> None:
         with one_at_a_time:  # or each would compile for itself
-            _pass_and_gradient(encoder, group)
+            _passes_and_gradient(encoder, groups)
 
     with (
         torch.random.fork_rng(devices=[encoder.device] if encoder.device.type == "cuda" else []),
@@ -134,19 +136,28 @@ def left_plain(encoder: Encoder) -> Iterator[None]:
             _compute_by(layer, compiled)
 
 
-def _pass_and_gradient(encoder: Encoder, group: RowGroup) -> None:
-    """Read rows without and with a gradient, and compute it, in train mode."""
+def _passes_and_gradient(encoder: Encoder, groups: list[RowGroup]) -> None:
+    """Read groups of rows without a gradient, and the last one with one, and compute it, in train mode."""
     with drawing_from(0):
         with torch.no_grad():
-            encoder(group, shared=encoder.packed)
-        states: Tensor = encoder(group, shared=encoder.packed)
+            for group in groups:
+                encoder(group, shared=encoder.packed)
+        states: Tensor = encoder(groups[-1], shared=encoder.packed)
     learned = [weight for weight in encoder.trainable().values() if weight is not encoder.log_inverse_temperature]
     torch.autograd.grad(states.float().sum(), learned, allow_unused=True)
 
 
-def _some_rows(encoder: Encoder) -> RowGroup:
-    """Return rows of some tokens: more than one, which is compiled for itself; of several lengths, as a rule."""
-    length = max(2, encoder.row_tokens // 2 + 1)
-    texts = [np.full(length + number, number) for number in range(3)]
+def _some_rows(encoder: Encoder) -> list[RowGroup]:
+    """Return groups of some rows: more than one, which is compiled for itself; of several lengths, as a rule.
+
+    Any rows for a CPU. For a GPU rows as long as those of a training, and two groups, for what differs may differ again.
+    """
+    if encoder.device.type == "cpu":
+        return [_rows(encoder, [encoder.row_tokens // 2 + 1 + number for number in range(3)])]
+    return [_rows(encoder, [encoder.row_tokens - number for number in range(count)]) for count in (3, 2)]
+
+
+def _rows(encoder: Encoder, lengths: list[int]) -> RowGroup:
+    texts = [np.full(max(2, length), number) for number, length in enumerate(lengths)]
     trie = build_trie(texts, row_tokens=encoder.row_tokens, share=encoder.packed)
     return row_group(trie, np.arange(len(trie.row_lengths)))

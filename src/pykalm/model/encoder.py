@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model import unpadded
+from pykalm.model.arrays import on_device
 from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
 from pykalm.model.layers import computing_in, find_layers
@@ -194,9 +195,7 @@ class Encoder(nn.Module):
                     use_cache=False, **unpadded.arguments(self.causal_lm.config, group, self.compute_dtype)
                 )
             return unpadded.padded(read[0][0], group)
-        token_ids, depths, ends = (
-            torch.from_numpy(part).to(self.device) for part in (group.token_ids, group.depths, group.ends)
-        )
+        token_ids, depths, ends = (on_device(part, self.device) for part in (group.token_ids, group.depths, group.ends))
         width = token_ids.shape[1]
         if shared and self.attention == FLEX:
             token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pykalm.model.arrays import on_device
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup
 
@@ -14,7 +14,7 @@ Pooling = Callable[[Tensor, RowGroup, IntArray], Tensor]
 
 def last_token(states: Tensor, group: RowGroup, places: IntArray) -> Tensor:
     """Return the states (P, D) at the places (P,) where texts end in a flattened group of rows, states (T, D)."""
-    return states[torch.from_numpy(places).to(states.device)]
+    return states[on_device(places, states.device)]
 
 
 def token_mean(states: Tensor, group: RowGroup, places: IntArray) -> Tensor:
@@ -23,7 +23,7 @@ def token_mean(states: Tensor, group: RowGroup, places: IntArray) -> Tensor:
     As exact as the last state is: every state of a path is what a pass over that text alone gives. A state that several
     texts share is read once and counts in the mean of each.
     """
-    tokens, starts = (torch.from_numpy(part).to(states.device) for part in group.paths_to(places))
+    tokens, starts = (on_device(part, states.device) for part in group.paths_to(places))
     return F.embedding_bag(tokens, states.float(), starts, mode="mean", include_last_offset=True)
 
 
