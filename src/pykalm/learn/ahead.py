@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_all_start_methods
 from typing import TypeVar
 
 import torch
@@ -18,10 +19,10 @@ def built_ahead(
 ) -> Iterator[Callable[[int], Built]]:
     """Yield what returns `build(step)` for the steps start, start + 1, ... in this order.
 
-    Beside a GPU forked processes build the next ones meanwhile, so that `build` must compute nothing there; a CPU has no time
-    for that.
+    Beside an NVIDIA GPU forked processes build the next ones meanwhile, so that `build` must compute nothing there, where the
+    system can fork; a CPU has no time for that.
     """
-    if device.type == "cpu":
+    if device.type != "cuda" or "fork" not in get_all_start_methods():
         yield build
         return
     loader = DataLoader(
