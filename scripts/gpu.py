@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -111,13 +112,16 @@ def section(
     device = run.encoder.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     best = [line["valid_mrr"] for line in metrics if line.get("valid_mrr") is not None]
-    options = [f"--graph {given.graph}" if not given.dry else "--dry", *(f"--set {one}" for one in given.set)]
-    command = f'make gpu ARGUMENTS="{" ".join(options)} --model {given.model} --seed {given.seed}"'
+    options = [
+        f"--graph {given.graph}" if not given.dry else "--dry",
+        *(f"--set {shlex.quote(one)}" for one in given.set),
+    ]
+    command = f'make gpu ARGUMENTS="{" ".join(options)} --model {given.model} --seed {run.config.seed}"'
     asked = f"{len(report.triples):,} test triples, both directions, all {run.graph.num_entities:,} entities, filtered"
     return f"""
 ## {datetime.date.today()} · {run.graph.name} on {name}{" (dry: shows that it runs, nothing else)" * given.dry}
 
-`{command}`: {given.model}, seed {given.seed}, {len(metrics)} steps, torch {torch.__version__}, attention
+`{command}`: {given.model}, seed {run.config.seed}, {len(metrics)} steps, torch {torch.__version__}, attention
 {run.encoder.attention}. {asked}.
 
 | MR | MRR | H@1 | H@3 | H@10 | training, min | test, min | examples/s | tokens/s | utilisation |

@@ -161,7 +161,7 @@ def train(
         with show_progress("training") as watch:
             run = pykalm.train(out=out, config=settings, resume=resume, watch=watch_training(watch))
     except KeyboardInterrupt:
-        if kept.is_file():
+        if (out / "state").is_dir():  # a second Ctrl-C does not wait for a save
             say(f"What was learned is saved. Go on with: kalm train --out {out} --resume")
         raise
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")

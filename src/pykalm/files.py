@@ -110,7 +110,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            os.close(handle)
+            _unlock(handle)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only where it is still empty
 
@@ -123,6 +123,12 @@ def _lock(handle: int, folder: Path) -> None:
             f"{folder}: wanted a folder that no one writes to, found another training at work in it. Wait for its end, "
             "stop it, or take another --out."
         ) from error
+
+
+def _unlock(handle: int) -> None:
+    """Let go, whatever processes were forked meanwhile and have not ended yet."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 @contextlib.contextmanager

@@ -145,12 +145,13 @@ class TrainingSettings(Settings):
     row_tokens: Positive | None = Field(
         None,
         description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 96 on a CPU, 1024"
-        " on a GPU. Attention costs less in short rows; in long ones fewer prefixes are cut.",
+        " on a GPU, and more where three queries of the graph are longer. Attention costs less in short rows; in long ones"
+        " fewer prefixes are cut.",
     )
     compile: bool = Field(
         False,
         description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. A"
-        " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and less than half on a GPU.",
+        " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and some two fifths on a GPU.",
     )
     chunk_tokens: Positive | None = Field(
         None,

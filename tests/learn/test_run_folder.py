@@ -15,7 +15,7 @@ from pykalm import api, cli, files
 from pykalm.api import StepReport
 from pykalm.errors import ConfigError, RunError, TrainingError
 from pykalm.files import only_writer, replace_file, replace_folder
-from pykalm.learn.state import read_metrics
+from pykalm.learn.state import Progress, load_state, read_metrics, save_state
 from pykalm.model import run as run_module
 from pykalm.model.run import Run, load_run
 from tests.laws.common import tiny_graph
@@ -217,3 +217,16 @@ def test_files_are_written_also_where_there_are_no_locks(tmp_path: Path, monkeyp
         with module.only_writer(tmp_path / "run"):
             (tmp_path / "run" / "kept").mkdir()
     assert (tmp_path / "run" / "kept").exists()
+
+
+@pytest.mark.parametrize(("saved", "own"), [(True, None), (None, True)])
+def test_a_resumed_optimiser_steps_as_its_own_device_does(saved: bool | None, own: bool | None, tmp_path: Path) -> None:
+    """A training may go on on another device than it began on."""
+    weights = {"weight": torch.nn.Parameter(torch.ones(2, 3))}
+    weights["weight"].grad = torch.ones(2, 3)
+    first, second = (torch.optim.AdamW(weights.values(), fused=fused) for fused in (saved, own))
+    first.step()
+    save_state(tmp_path, weights, first, Progress(step=1), {})
+    assert load_state(tmp_path, weights, second, {}).step == 1
+    assert [group["fused"] for group in second.param_groups] == [own]
+    second.step()

@@ -40,7 +40,9 @@ def tensors(trie: TokenTrie) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_rule_and_the_blocks_are_the_mask(seed: int, window: int | None) -> None:
     """Against a loop over the texts' paths: every block with a seen pair is listed, every full one has no unseen pair."""
     trie = random_trie(seed, row_tokens=384)
-    _, depths, ends = padded_to_blocks(*tensors(trie), least=seed * 200)
+    token_ids, depths, ends = tensors(trie)
+    blocks_needed = max(-(-ends.shape[1] // BLOCK), seed * 2)
+    _, depths, ends = padded_to_blocks(token_ids, depths, ends, width=blocks_needed * BLOCK)
     rows, tokens = ends.shape
     assert tokens % BLOCK == 0
     expected = torch.eye(tokens, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself
@@ -118,17 +120,20 @@ def test_vectors_by_compiled_flex_attention_are_those_of_sdpa(family: str) -> No
     assert float((encoder.embed(texts) - wanted).abs().max()) < 1e-5
 
 
-def test_groups_of_rows_are_as_wide_as_the_rows_of_a_training() -> None:
+def test_compiled_groups_of_rows_are_as_wide_as_the_rows_of_a_training() -> None:
     """A form of another width would be compiled for itself, in the middle of a training; one text alone stays short."""
-    encoder = tiny_encoder(row_tokens=384)
+    encoder = tiny_encoder(row_tokens=384, chunk_tokens=1000)
     encoder.use_attention(FLEX)
     texts = [np.full(length, number) for number, length in enumerate((250, 240, 30))]
-    wide = mock.Mock(side_effect=trie_attention)
-    with flex_without_compiling(), mock.patch("pykalm.model.encoder.trie_attention", wide), torch.no_grad():
-        for some in (texts, texts[:2], texts[2:]):
-            trie = build_trie(some, row_tokens=encoder.row_tokens)
-            encoder(row_group(trie, np.arange(len(trie.row_lengths))), shared=True)
-    assert [tuple(call.args[1].shape) for call in wide.call_args_list] == [(2, 384), (2, 384), (1, BLOCK)]
+    for compiled, width in ((False, 256), (True, 384)):
+        encoder.is_compiled, wide = compiled, mock.Mock(side_effect=trie_attention)
+        with flex_without_compiling(), mock.patch("pykalm.model.encoder.trie_attention", wide), torch.no_grad():
+            for some in (texts[:2], texts[2:]):
+                trie = build_trie(some, row_tokens=encoder.row_tokens)
+                encoder(row_group(trie, np.arange(len(trie.row_lengths))), shared=True)
+                computed = int(np.prod(wide.call_args.args[1].shape))
+                assert encoder.fill(trie) == trie.num_nodes / computed
+        assert [tuple(call.args[1].shape) for call in wide.call_args_list] == [(2, width), (1, BLOCK)]
 
 
 def test_a_device_without_cuda_takes_another_attention_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

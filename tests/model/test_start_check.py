@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from pykalm.config import Config
 from pykalm.errors import ModelError, OutOfMemoryError
-from pykalm.model import matmul_attention, packing, unpadded
+from pykalm.model import matmul_attention, packing, run, unpadded
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
+from pykalm.settings import TrainingSettings
 from pykalm.text.trie import row_group
+from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import replaced, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import TOKENIZER_SIZE, tiny_model
 
@@ -240,3 +243,31 @@ def test_another_error_while_reading_texts_stays_what_it_is(monkeypatch: pytest.
     monkeypatch.setattr(encoder, "forward", refuse)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         encoder.embed([np.arange(3)])
+
+
+@pytest.mark.parametrize(("least", "chunk", "wanted"), [(16, 256, None), (400, 512, 400), (16, 48, 48), (64, 32, 64)])
+def test_a_row_holds_some_queries_of_the_graph_and_no_more_than_a_pass(
+    least: int, chunk: int, wanted: int | None
+) -> None:
+    verbalizer = tiny_verbalizer(tiny_graph())
+    encoder = tiny_encoder(row_tokens=least, chunk_tokens=chunk)
+    packing.suit_rows(encoder, verbalizer)
+    three = packing.QUERIES_A_ROW * mean_query(verbalizer)
+    assert abs(encoder.row_tokens - three) <= packing.ROW_STEP / 2 if wanted is None else encoder.row_tokens == wanted
+    assert three > 56
+
+
+def test_settings_that_name_a_row_keep_it() -> None:
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+    for given, widened in ((64, 64), (None, 80)):
+        config = Config(graph="people", training=TrainingSettings(row_tokens=given))
+        with mock.patch.object(packing, "QUERIES_A_ROW", 80 / mean_query(verbalizer)):
+            run._choose_passes(encoder, verbalizer, config)
+        assert encoder.row_tokens == widened
+
+
+def mean_query(verbalizer: Verbalizer) -> float:
+    """Return the mean tokens of the training triples' heads with their own relation and with the other one."""
+    heads, relations, _ = verbalizer.graph.triples("train").T
+    both = [*verbalizer.queries(heads, relations).lengths, *verbalizer.queries(heads, 1 - relations).lengths]
+    return float(np.mean(both))

@@ -99,6 +99,8 @@ def load_state(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(part_like(saved[name], parameter))
+        for group, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]  # as this device computes, not that of the save
         numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.load_state_dict(
             _each_tensor(state["optimizer"], lambda number, tensor: part_like(tensor, numbered[number]))

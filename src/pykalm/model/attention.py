@@ -67,13 +67,10 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[:, None].contiguous(), order[:, None].contiguous()
 
 
-def padded_to_blocks(
-    token_ids: Tensor, depths: Tensor, ends: Tensor, *, least: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Widen (rows, T) to a multiple of BLOCK, `least` or more, with tokens that see themselves only and that no other sees."""
-    width = ends.shape[1]
-    missing = -(-max(width, least) // BLOCK) * BLOCK - width
-    own = torch.arange(width + 1, width + missing + 1, device=ends.device).expand(len(ends), -1)
+def padded_to_blocks(token_ids: Tensor, depths: Tensor, ends: Tensor, *, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Widen (rows, T) to (rows, width) with tokens that see themselves only and that no other sees."""
+    missing = width - ends.shape[1]
+    own = torch.arange(ends.shape[1] + 1, width + 1, device=ends.device).expand(len(ends), -1)
     return F.pad(token_ids, (0, missing)), F.pad(depths, (0, missing)), torch.cat([ends, own], dim=1)
 
 

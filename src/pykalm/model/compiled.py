@@ -47,6 +47,7 @@ def compile_layers(encoder: Encoder) -> None:
         for layer in _layers(encoder):
             layer.compile(**_options(encoder.device), **limit)
             _compute_by(layer, layer._compiled_call_impl)
+        encoder.is_compiled = True
         _try(encoder)
     except Exception as error:  # whatever a compiler raises
         undo_compiling(encoder)
@@ -108,6 +109,7 @@ def _try(encoder: Encoder) -> None:
 
 def undo_compiling(encoder: Encoder) -> None:
     """Let layers compute as they did before they were compiled."""
+    encoder.is_compiled = False
     for layer in _layers(encoder):
         _compute_by(layer, None)
 
@@ -134,6 +136,7 @@ def left_plain(encoder: Encoder) -> Iterator[None]:
     finally:
         for layer, compiled in kept:
             _compute_by(layer, compiled)
+        encoder.is_compiled = any(compiled for _, compiled in kept)
 
 
 def _passes_and_gradient(encoder: Encoder, groups: list[RowGroup]) -> None:
@@ -150,14 +153,14 @@ def _passes_and_gradient(encoder: Encoder, groups: list[RowGroup]) -> None:
 def _some_rows(encoder: Encoder) -> list[RowGroup]:
     """Return groups of some rows: more than one, which is compiled for itself; of several lengths, as a rule.
 
-    Any rows for a CPU. For a GPU rows as long as those of a training, and two groups, for what differs may differ again.
+    Of a GPU two groups, for what differs between them is compiled so that it may differ again.
     """
-    if encoder.device.type == "cpu":
-        return [_rows(encoder, [encoder.row_tokens // 2 + 1 + number for number in range(3)])]
-    return [_rows(encoder, [encoder.row_tokens - number for number in range(count)]) for count in (3, 2)]
+    return [_rows(encoder, count) for count in ((3,) if encoder.device.type == "cpu" else (3, 2))]
 
 
-def _rows(encoder: Encoder, lengths: list[int]) -> RowGroup:
-    texts = [np.full(max(2, length), number) for number, length in enumerate(lengths)]
+def _rows(encoder: Encoder, count: int) -> RowGroup:
+    longest = getattr(encoder.causal_lm.config.get_text_config(), "max_position_embeddings", None) or encoder.row_tokens
+    length = max(2, min(encoder.row_tokens // 2 + 1, longest - count))
+    texts = [np.full(length + number, number) for number in range(count)]
     trie = build_trie(texts, row_tokens=encoder.row_tokens, share=encoder.packed)
     return row_group(trie, np.arange(len(trie.row_lengths)))

@@ -17,7 +17,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import explained_memory
 from pykalm.model import unpadded
 from pykalm.model.arrays import on_device
-from pykalm.model.attention import FLEX, padded_to_blocks, trie_attention
+from pykalm.model.attention import BLOCK, FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
 from pykalm.model.layers import computing_in, find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
@@ -63,6 +63,7 @@ class Encoder(nn.Module):
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
         self.wanted_attention, self.pooling, self.reads_unpadded = attention, pooling, False
         self._moves: bool | None = None
+        self.is_compiled = False
         device = next(model.parameters()).device
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32, device=device)
         self.log_inverse_temperature = nn.Parameter(start, requires_grad=learn_temperature)
@@ -184,8 +185,25 @@ class Encoder(nn.Module):
         return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
 
     def fill(self, trie: TokenTrie) -> float:
-        """Return the share of nodes among the tokens that passes over a trie compute, what attention pads left out."""
-        return 1.0 if trie.shared and self.unpadded else trie.fill(self.chunk_tokens)
+        """Return the share of nodes among the tokens that passes over a trie compute, what attention alone pads left out."""
+        if trie.shared and self.unpadded:
+            return 1.0
+        groups = trie.chunks(self.chunk_tokens)
+        widths = (int(trie.row_lengths[rows].max()) for rows in groups)
+        if trie.shared:
+            widths = (self._width(len(rows), width) for rows, width in zip(groups, widths, strict=True))
+        return trie.num_nodes / sum(len(rows) * width for rows, width in zip(groups, widths, strict=True))
+
+    def _width(self, rows: int, longest: int) -> int:
+        """Return the tokens to which rows of a trie are padded in a pass.
+
+        Whole blocks for FlexAttention. In compiled layers several rows have the length of all, for another one would be another
+        form to compile, in the middle of a training.
+        """
+        if self.attention != FLEX:
+            return longest
+        least = self.row_tokens if self.is_compiled and rows > 1 else 0
+        return -(-max(longest, least) // BLOCK) * BLOCK
 
     def forward(self, group: RowGroup, *, shared: bool) -> Tensor:
         """Return the states (rows · width, D) of a group of rows, flattened, with gradient where that is on."""
@@ -198,9 +216,7 @@ class Encoder(nn.Module):
         token_ids, depths, ends = (on_device(part, self.device) for part in (group.token_ids, group.depths, group.ends))
         width = token_ids.shape[1]
         if shared and self.attention == FLEX:
-            # Rows of another length would be another form to compile, which takes seconds.
-            least = self.row_tokens if len(token_ids) > 1 else 0
-            token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends, least=least)
+            token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends, width=self._width(*token_ids.shape))
         arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)

@@ -37,6 +37,8 @@ REFUSALS: dict[bool, tuple[type[Exception], ...]] = {
 CHECKED_TRIPLES = 3
 SEARCHED_TRIPLES = 256
 LONGEST_TEXTS = 2
+QUERIES_A_ROW = 3
+ROW_STEP = 16
 
 
 def packed_difference(encoder: Encoder, texts: list[TokenIds]) -> tuple[float, float]:
@@ -92,6 +94,16 @@ def _embed_as(
         return encoder.embed(texts)
     finally:
         encoder.packed, encoder.row_tokens, encoder.chunk_tokens, encoder.pooling = kept
+
+
+def suit_rows(encoder: Encoder, verbalizer: Verbalizer) -> None:
+    """Let a row hold QUERIES_A_ROW mean queries of the graph where these are long, but no more than a pass holds.
+
+    In shorter rows an entity of several queries is cut into several rows, and read again in each. Measured: docs/log.md.
+    """
+    queries = _texts_of(verbalizer, SEARCHED_TRIPLES, completions=False)[0].lengths
+    wanted = ROW_STEP * round(QUERIES_A_ROW * float(queries.mean()) / ROW_STEP)
+    encoder.row_tokens = min(max(encoder.row_tokens, wanted), max(encoder.row_tokens, encoder.chunk_tokens))
 
 
 def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:

@@ -32,7 +32,7 @@ from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.packed_weights import pack_frozen_weights
-from pykalm.model.packing import choose_passes, require_own_logits, require_room
+from pykalm.model.packing import choose_passes, require_own_logits, require_room, suit_rows
 from pykalm.model.sharding import wants_sharding
 from pykalm.processes import all_threads, failing_together, gather, join, on_main
 from pykalm.processes import device as process_device
@@ -51,7 +51,7 @@ BEFORE_KL = {"kl_weight": 0.0}
 """What a run whose settings do not name it was trained with."""
 
 ROW_TOKENS = {"cpu": 96, "cuda": 1024}
-"""Measured on a CPU (docs/log.md): short rows cost less attention; in rows of 64 cut prefixes cost more than they save."""
+"""At least, measured on a CPU (docs/log.md): short rows cost less attention; in 64, cut prefixes cost more than that saves."""
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 16384}
 """On a CPU what a pass costs in Python weighs less in 1,536 tokens than in 1,024; in more, groups of rows are padded more."""
 
@@ -167,8 +167,14 @@ def build_run(
     if config.objective.implicit:
         verbalizer.end_token_id()
     require_room(encoder, verbalizer, completions=config.objective.implicit)
-    choose_passes(encoder, verbalizer)
+    _choose_passes(encoder, verbalizer, config)
     return Run(path, config, graph, encoder, verbalizer)
+
+
+def _choose_passes(encoder: Encoder, verbalizer: Verbalizer, config: Config) -> None:
+    if config.training.row_tokens is None:
+        suit_rows(encoder, verbalizer)
+    choose_passes(encoder, verbalizer)
 
 
 def build_encoder(
@@ -283,7 +289,7 @@ def load_baseline(run: Run, *, device: str | None = None) -> Run:
     encoder = build_encoder(
         language_model.model, language_model, run.config, temperature=run.config.objective.temperature
     )
-    choose_passes(encoder, run.verbalizer)
+    _choose_passes(encoder, run.verbalizer, run.config)
     return Run(run.path, run.config, run.graph, encoder, run.verbalizer)
 
 
