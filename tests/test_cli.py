@@ -153,13 +153,16 @@ def test_resume_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "wanted a run to go on with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("saved", "words"), [(True, "saved. Go on"), (False, "Nothing is saved yet. Begin again")])
 def test_ctrl_c_in_training_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: bool, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if saved:
+        (tmp_path / "state").mkdir()
     replace(monkeypatch, train=raising(KeyboardInterrupt()))
     (tmp_path / "config.yaml").touch()  # a training had begun: before that, nothing is saved and nothing is promised
     assert cli.main(["train", "--out", str(tmp_path), "--graph", "world"]) == 130
-    assert f"kalm train --out {tmp_path} --resume" in capsys.readouterr().err
+    assert f"{words} with: kalm train --out {tmp_path} --resume" in capsys.readouterr().err
 
 
 def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

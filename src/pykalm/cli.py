@@ -157,12 +157,17 @@ def train(
     # JSON is YAML too, and quotes every name that YAML would read otherwise.
     named = [f"{key}={json.dumps(value)}" for key, value in given if value]
     settings = load_config(kept if resume and config is None else config, [*(overrides or []), *named])
+    say(f"Aligning {settings.model} with {settings.graph}: the model is read and checked first ...")
     try:
         with show_progress("training") as watch:
             run = pykalm.train(out=out, config=settings, resume=resume, watch=watch_training(watch))
     except KeyboardInterrupt:
-        if (out / "state").is_dir():  # a second Ctrl-C does not wait for a save
-            say(f"What was learned is saved. Go on with: kalm train --out {out} --resume")
+        if kept.is_file():
+            saved = (out / "state").is_dir()  # a second Ctrl-C does not wait for a save
+            say(
+                f"{'What was learned is saved. Go on' if saved else 'Nothing is saved yet. Begin again'} with: kalm train "
+                f"--out {out} --resume"
+            )
         raise
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")
     print_json({"run": str(run.path)}) if as_json else None
