@@ -46,7 +46,7 @@ SMALL_BATCH = BATCH_SIZE // 2
 `directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each."""
 TIMED_BATCH = 64
 RATE, WARM_UP = 1e-3, 0.1
-COLOURS = {"random": "#2a6f97", "neighbourhood": "#d97706"}
+COLOURS = {"random": "#2a6f97", "neighbourhood": "#d97706", "directed": "#5b8c5a"}
 
 
 @dataclass(frozen=True)
@@ -192,17 +192,18 @@ def steps(trial: Trial, prepared: Run) -> Iterator[float]:
     builder = batch_builder(prepared)
     if trial.system in ("published", "directed"):
         recipe = PublishedRecipe(prepared.encoder, prepared.verbalizer, prepared.config.objective, skip_unused=True)
-        directed = np.random.default_rng([trial.seed, 0]).permutation(
-            both_directions(drawn, prepared.graph.num_relations)
-        )
-        for start in range(0, len(directed), BATCH_SIZE):
-            chosen = directed[start : start + BATCH_SIZE]
-            if trial.system == "published":
-                recipe.gradient(chosen, chosen[:COMPLETIONS])
-            else:
-                generator = np.random.default_rng([trial.seed, start, 1])
-                learn(prepared, builder.build_directed(chosen, chosen[:COMPLETIONS], generator))
-            yield len(chosen) / 2
+        size, both = 2 * trial.batch_size, both_directions(drawn, prepared.graph.num_relations)
+        for epoch in range(10**9):
+            directed = np.random.default_rng([trial.seed, epoch]).permutation(both)
+            for start in range(0, len(directed), size):
+                chosen = directed[start : start + size]
+                completed = chosen[: max(1, len(chosen) * COMPLETIONS // BATCH_SIZE)]
+                if trial.system == "published":
+                    recipe.gradient(chosen, completed)
+                else:
+                    generator = np.random.default_rng([trial.seed, epoch, start, 1])
+                    learn(prepared, builder.build_directed(chosen, completed, generator))
+                yield len(chosen) / 2
     order = TripleOrder(drawn, trial.batch_size, trial.seed, prepared.config.training.batching)
     for number in range(10**9):
         batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))

@@ -82,7 +82,7 @@ def test_the_steps_of_kalm_are_taken_with_compiled_layers_as_well_and_no_others(
         name: partial(step, "published") for name in (training.PUBLISHED, training.LEAN)})  # fmt: skip
     monkeypatch.setattr(training.KalmSystem, "build", lambda run, batching, packed: partial(
         step, batching if packed else "separate"))  # fmt: skip
-    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", lambda *_: None)
+    monkeypatch.setattr("pykalm.model.compiled._passes_and_gradient", lambda *_: None)
     found = training.measure_training(shop, "people")  # type: ignore[arg-type]
     assert taken == {
         ("published", False), ("separate", False), ("random", False), ("random", True), ("neighbourhood", False),
@@ -121,7 +121,7 @@ def test_utilisation_is_measured_with_compiled_layers_and_without(monkeypatch: p
     monkeypatch.setattr(utilisation.KalmSystem, "build", lambda run, batching, packed: Step(encoder))
     monkeypatch.setattr(utilisation, "useful_flops", lambda cost, batch: 10**6)
     monkeypatch.setattr(utilisation, "matmul_peak", lambda *_, **__: 1e12)
-    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", lambda *_: None)
+    monkeypatch.setattr("pykalm.model.compiled._passes_and_gradient", lambda *_: None)
     found = utilisation.measure_utilisation(shop, "people")  # type: ignore[arg-type]
     assert list(found.share) == ["random", "random, compiled", "neighbourhood", "neighbourhood, compiled"]
     assert taken == [False, True] * 2 * (utilisation.WARMUPS + 1)
@@ -131,7 +131,7 @@ def test_utilisation_is_measured_with_compiled_layers_and_without(monkeypatch: p
     def refuse(*_: object) -> None:
         raise TorchDynamoException("no working C++ compiler found")
 
-    monkeypatch.setattr("pykalm.model.compiled._pass_and_gradient", refuse)
+    monkeypatch.setattr("pykalm.model.compiled._passes_and_gradient", refuse)
     found = utilisation.measure_utilisation(shop, "people")  # type: ignore[arg-type]
     assert list(found.share) == ["random", "neighbourhood"]
     assert found.lowest(compiled=True) is None

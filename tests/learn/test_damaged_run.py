@@ -69,7 +69,7 @@ def require_one_message(arguments: list[str], words: str, capsys: pytest.Capture
     assert cli.main(arguments) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("kalm: ")
+    assert ("\n" + printed.err).count("\nkalm: ") == 1
     assert words in printed.err
     assert "An error of kalm" not in printed.err, printed.err
     assert "Traceback" not in printed.err
