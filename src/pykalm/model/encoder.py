@@ -188,11 +188,7 @@ class Encoder(nn.Module):
         """Return the share of nodes among the tokens that passes over a trie compute, what attention alone pads left out."""
         if trie.shared and self.unpadded:
             return 1.0
-        groups = trie.chunks(self.chunk_tokens)
-        widths = (int(trie.row_lengths[rows].max()) for rows in groups)
-        if trie.shared:
-            widths = (self._width(len(rows), width) for rows, width in zip(groups, widths, strict=True))
-        return trie.num_nodes / sum(len(rows) * width for rows, width in zip(groups, widths, strict=True))
+        return trie.fill(self.chunk_tokens, self._width) if trie.shared else trie.fill(self.chunk_tokens)
 
     def _width(self, rows: int, longest: int) -> int:
         """Return the tokens to which rows of a trie are padded in a pass.

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +48,14 @@ class TokenTrie:
         """Return the node of the last token of every text (N,): where it is pooled."""
         return self.paths[np.arange(len(self.lengths)), self.lengths - 1].astype(np.int64)
 
-    def fill(self, max_tokens: int) -> float:
-        """Return the share of nodes among the tokens that a pass over chunks of max_tokens computes, padding included."""
-        return self.num_nodes / sum(len(rows) * int(self.row_lengths[rows].max()) for rows in self.chunks(max_tokens))
+    def fill(self, max_tokens: int, width: Callable[[int, int], int] = lambda rows, longest: longest) -> float:
+        """Return the share of nodes among the tokens that a pass over chunks of max_tokens computes, padding included.
+
+        width: of (rows, longest), the tokens to which so many rows are padded, the longest of which has so many.
+        """
+        chunks = self.chunks(max_tokens)
+        computed = (len(rows) * width(len(rows), int(self.row_lengths[rows].max())) for rows in chunks)
+        return self.num_nodes / sum(computed)
 
     def rows_of(self, nodes: IntArray) -> IntArray:
         """Return the row of every given node."""
