@@ -39,6 +39,11 @@ WARM_STEPS = 20
 def main(arguments: list[str] | None = None) -> int:
     """Train, measure, append; return the exit code."""
     given = parse(arguments)
+    try:
+        settings_of(given)
+    except KalmError as error:
+        say(f"kalm: {error}")
+        return error.exit_code
     if not given.dry and not torch.cuda.is_available():
         say("kalm: make gpu wanted an NVIDIA GPU, and PyTorch finds none here. Run it on a machine with one and with a "
             "CUDA build of PyTorch, try the way here with `make gpu ARGUMENTS=--dry`, or train with `kalm train`.")  # fmt: skip

@@ -244,7 +244,10 @@ def demo(
 @app.command()
 def bench(
     *,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file for the results.")] = Path("bench/results.json"),
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON file; bench/results.json, or runs/bench-quick.json with --quick."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small and short, on the bundled graph: does it work?")
     ] = False,
@@ -262,6 +265,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast kalm is beside the published recipe and others, in one run on this machine."""
+    out = out or Path("runs/bench-quick.json" if quick else "bench/results.json")  # the short form shows no speed
+    say(f"Measuring, for {out} ...")
     lists = {"only": only, "graphs": graphs}
     given = {name: tuple(filter(None, value.split(","))) if value else None for name, value in lists.items()}
     with show_progress("measuring") as watch:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 15.0
 UNEXPECTED = "An error of kalm, not of yours. `kalm --traceback ...` (or KALM_TRACEBACK=1) shows where."
@@ -57,8 +58,15 @@ def show_progress(title: str) -> Iterator[Watcher]:
     if not console.is_terminal:
         yield lines_now_and_then(title, clock=time.monotonic)
         return
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+    columns = [
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        # What does not fit is cut off here.
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    ]
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def watch(done: int, total: int, note: str = "", /) -> None:

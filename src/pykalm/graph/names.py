@@ -70,7 +70,7 @@ def nearest(text: str, choices: Iterable[str], count: int = 3) -> list[str]:
 
 def suggestion(found: Sequence[str]) -> str:
     """Return the sentence " The nearest are 'France', 'Frankfurt'." with a leading space, or "" for none."""
-    return f" The nearest are {', '.join(map(repr, found))}." if found else ""
+    return f" The nearest {'is' if len(found) == 1 else 'are'} {', '.join(map(repr, found))}." if found else ""
 
 
 def _fold(text: str) -> str:
