@@ -40,16 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, measure, append; return the exit code."""
     given = parse(arguments)
     try:
-        settings_of(given)
-    except KalmError as error:
-        say(f"kalm: {error}")
-        return error.exit_code
-    if not given.dry and not torch.cuda.is_available():
-        say("kalm: make gpu wanted an NVIDIA GPU, and PyTorch finds none here. Run it on a machine with one and with a "
-            "CUDA build of PyTorch, try the way here with `make gpu ARGUMENTS=--dry`, or train with `kalm train`.")  # fmt: skip
-        return 1
-    try:
-        print(append_result(given))
+        settings = settings_of(given)
+        if not given.dry and not torch.cuda.is_available():
+            raise KalmError(
+                "make gpu wanted an NVIDIA GPU, and PyTorch finds none here. Run it on a machine with one and with a CUDA build "
+                "of PyTorch, try the way here with `make gpu ARGUMENTS=--dry`, or train with `kalm train`."
+            )
+        print(append_result(given, settings))
     except KalmError as error:
         say(f"kalm: {error}")
         return error.exit_code
@@ -82,12 +79,11 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     return {**table["all"], **table["dry" if given.dry else given.graph], "seed": given.seed, **own}
 
 
-def append_result(given: argparse.Namespace) -> str:
+def append_result(given: argparse.Namespace, settings: dict[str, Any]) -> str:
     """Train and measure; append the section to the results and return it."""
     graph = "world" if given.dry else given.graph
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = given.out or REPOSITORY / "runs" / f"gpu-{graph}-{stamp}"
-    settings = settings_of(given)
     if not given.dry and all(entry.folder is None for entry in pykalm.list_data() if entry.name == graph):
         pykalm.fetch_data(graph)
     started = time.perf_counter()

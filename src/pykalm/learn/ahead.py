@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from pykalm.errors import TrainingError
+from pykalm.model.side_by_side import AHEAD
 
 BUILDERS = 2
 """Processes that build: one keeps up with large steps. A thread would not, for it takes turns with the step's Python."""
-AHEAD = 4
-"""Batches that are built or waiting."""
 SECONDS_BETWEEN_LOOKS = 0.5
 Built = TypeVar("Built")
 
@@ -41,7 +40,7 @@ def built_ahead(
         to_come, waiting = iter(range(start, num_steps)), deque[Future[Built]]()
 
         def built(step: int) -> Built:
-            while len(waiting) < AHEAD and (next_step := next(to_come, None)) is not None:
+            while len(waiting) < AHEAD * BUILDERS and (next_step := next(to_come, None)) is not None:
                 waiting.append(pool.submit(_build, next_step))
             return waiting.popleft().result()
 

@@ -92,8 +92,7 @@ def _operations() -> str:
 
 def _try(encoder: Encoder) -> None:
     """Compile what a training calls, in the threads that will."""
-    at_once, one_at_a_time = encoder.chunks_at_once(), Lock()
-    groups = _some_rows(encoder)
+    at_once, groups, one_at_a_time = encoder.chunks_at_once(), _some_rows(encoder), Lock()
 
     def attempt(_: int) -> None:
         with one_at_a_time:  # or each would compile for itself

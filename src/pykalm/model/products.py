@@ -35,9 +35,8 @@ def _whole_tile(rows: Tensor) -> Tensor:
 def has_onednn() -> bool:
     """Return whether products of float32 can be oneDNN's here."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    is_x86 = torch.backends.cpu.get_cpu_capability().startswith(
-        "AVX"
-    )  # its orders of adding up were looked at there only
+    # Its orders of adding up were looked at on x86 only.
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     return available and is_x86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
