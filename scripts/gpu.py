@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings_of(given)
         if not given.dry and not torch.cuda.is_available():
             raise KalmError(
-                "make gpu wanted an NVIDIA GPU, and PyTorch finds none here. Run it on a machine with one and with a CUDA build "
-                "of PyTorch, try the way here with `make gpu ARGUMENTS=--dry`, or train with `kalm train`."
+                "make gpu wanted an NVIDIA GPU, and PyTorch finds none here. Run it on a machine with one and with a CUDA "
+                "build of PyTorch, try the way here with `make gpu ARGUMENTS=--dry`, or train with `kalm train`."
             )
         print(append_result(given, settings))
     except KalmError as error:

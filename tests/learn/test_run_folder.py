@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,16 @@ def test_a_resumed_optimiser_steps_as_its_own_device_does(saved: bool | None, ow
     assert load_state(tmp_path, weights, second, {}).step == 1
     assert [group["fused"] for group in second.param_groups] == [own]
     second.step()
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """It has the lock's handle too, for as long as it lives."""
+    with only_writer(tmp_path):
+        forked = get_context("fork").Process(target=time.sleep, args=(60,))
+        forked.start()
+    try:
+        with only_writer(tmp_path):
+            assert forked.is_alive()
+    finally:
+        forked.kill()
+        forked.join()
