@@ -235,6 +235,7 @@ def test_a_resumed_optimiser_steps_as_its_own_device_does(saved: bool | None, ow
 
 def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(tmp_path: Path) -> None:
     """It has the lock's handle too, for as long as it lives."""
+    (tmp_path / "config.yaml").touch()  # an empty folder would be made anew
     with only_writer(tmp_path):
         forked = get_context("fork").Process(target=time.sleep, args=(60,))
         forked.start()
