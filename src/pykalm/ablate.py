@@ -38,6 +38,7 @@ VARIANTS: dict[str, Settings] = {
     "kl": {"objective.kl_weight": 1.0},
     "fixed-temperature": {"objective.learn_temperature": False},
     "no-margin": {"objective.margin": 0.0},
+    "no-own-heads": {"objective.self_negative_weight": 0.0},
     "query-view": {"objective.views": "query"},
     "candidate-view": {"objective.views": "candidate"},
     "mean-pooling": {"text.pooling": "mean"},

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pykalm.config import Config, TextSettings
-from pykalm.errors import KalmError, RunError, TrainingError
+from pykalm.errors import KalmError, ModelError, RunError, TrainingError
 from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
@@ -32,6 +32,7 @@ from pykalm.model.encoder import Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, load_baseline, load_run, new_run, read_run_config, reopen_run
+from pykalm.model.sharding import is_sharded
 from pykalm.processes import any_of, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
@@ -44,6 +45,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+WORTH_COMPILING = {"cpu": 2e14, "cuda": 5e15}
+"""Weights times tokens of a training from which on compiled layers save more than they take, by far: half an hour on two
+cores, some eight minutes on a large GPU."""
 MEASURING_REMEDY = "Three rows were tried for what a token takes: lower training.row_tokens, or take a smaller model."
 
 
@@ -78,9 +82,9 @@ def train(
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
-        if config.training.compile:
-            compile_layers(run.encoder)
-        _trainer(run, watch).run()
+        trainer = _trainer(run, watch)
+        _maybe_compile(trainer)
+        trainer.run()
     return load_run(out, device=config.training.device, graph=loaded)
 
 
@@ -241,6 +245,29 @@ def batch_builder(run: Run) -> BatchBuilder:
         own_texts=run.own_texts,
         own_tokens=objective.kl_tokens,
     )
+
+
+def _maybe_compile(trainer: Trainer) -> None:
+    """Compile the layers where the settings say so or, for `auto`, where it is worth it and the machine can."""
+    wanted = trainer.config.training.compile
+    if not (_is_worth_compiling(trainer) if wanted == "auto" else wanted):
+        return
+    log.warning("kalm: the layers are compiled, which takes a minute or two (training.compile) ...")
+    try:
+        compile_layers(trainer.encoder)
+    except ModelError as error:
+        if wanted is True:
+            raise
+        log.warning("kalm: they are left as they are, and steps take longer. %s", error)
+
+
+def _is_worth_compiling(trainer: Trainer) -> bool:
+    """Return whether a training, from the first step on, also if it is resumed, is long enough to gain by compiled layers."""
+    encoder = trainer.encoder
+    least = WORTH_COMPILING.get(encoder.device.type)
+    if least is None or is_sharded(encoder) or trainer.config.adapter.quantize != "none":
+        return False
+    return trainer.num_tokens() * sum(weight.numel() for weight in encoder.model.parameters()) >= least
 
 
 def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:

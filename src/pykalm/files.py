@@ -97,9 +97,12 @@ def remove_drafts(folder: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder, made where there is none, against every other process that asks for it in the same way.
 
-    The system lets go of it when the process ends, however it ends. Raises RunError where another one holds it. On
-    Windows, which cannot lock a folder, nothing is held: there it is up to the user to train once at a time.
+    The system lets go of it when the process ends, however it ends. Raises RunError where another one holds it, or
+    a file is in its place. On Windows, which cannot lock a folder, nothing is held: there it is up to the user to train once
+    at a time.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: wanted a folder for the run, found a file. Name another one.")
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = None if fcntl is None else os.open(folder, os.O_RDONLY)

@@ -96,6 +96,12 @@ class ObjectiveSettings(Settings):
         le=8192,
         description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0.",
     )
+    self_negative_weight: float = Field(
+        0.2,
+        ge=0,
+        description="Weight of a part of the query view in which the query's own head, with whose text it begins, is the only"
+        " negative (docs/method.md §2). It is no negative elsewhere. 0 leaves it out (paper).",
+    )
     views: Literal["both", "query", "candidate"] = Field(
         "both",
         description="Which views L_exp is the mean of: `query` finds the answer of a query, `candidate` the query of an"
@@ -148,10 +154,11 @@ class TrainingSettings(Settings):
         " on a GPU, and more where three queries of the graph are longer. Attention costs less in short rows; in long ones"
         " fewer prefixes are cut.",
     )
-    compile: bool = Field(
-        False,
+    compile: Literal["auto"] | bool = Field(
+        "auto",
         description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. A"
-        " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and some two fifths on a GPU.",
+        " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and some two fifths on a GPU."
+        " `auto` does where the training is long enough to gain by it and the machine can.",
     )
     chunk_tokens: Positive | None = Field(
         None,

@@ -53,7 +53,7 @@ def test_with_all_others_as_negatives_the_loss_is_that_of_training() -> None:
     known[tuple(pairs.T)] = True
     trained = dual_view_loss(
         query, candidates, log_scale=torch.tensor(math.log(1 / TEMPERATURE)), margin=0.0,
-        positives=torch.from_numpy(pairs), known=known,
+        positives=torch.from_numpy(pairs), masked=known,
     )  # fmt: skip
     found = measure(query, candidates, pairs)
     assert found.num_negatives[-1] == 11

@@ -30,6 +30,9 @@ from tests.laws.common import (
 )
 from tests.tiny_models import FAMILIES
 
+SELF = 0.2
+"""The default of objective.self_negative_weight."""
+
 
 def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
     """Read one text in a pass of its own, as transformers would: no mask, no padding, no positions given."""
@@ -51,9 +54,13 @@ def loss_by_loops(
     explicit = []
     for h, r, t in rows:
         true = (query[h, r] @ candidate[t] - γ) / τ
-        tails = [query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known]
-        heads = [query[q] @ candidate[t] / τ for q in query if (*q, t) not in known]
+        tails = [query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known and e != h]
+        heads = [query[q] @ candidate[t] / τ for q in query if (*q, t) not in known and q[0] != t]
         explicit += [-F.log_softmax(torch.stack([true, *others]), 0)[0] for others in (tails, heads)]
+        if (h, r, h) not in known:  # its part of a row's loss
+            explicit[-2] = (
+                explicit[-2] - SELF * F.log_softmax(torch.stack([true, query[h, r] @ candidate[h] / τ]), 0)[0]
+            )
     surprises = []
     for triple in completed:
         completion = verbalizer.completion(*triple)

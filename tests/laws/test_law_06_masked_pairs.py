@@ -1,5 +1,6 @@
-"""Law 6: a masked pair changes neither loss nor gradient; known training answers are masked, by hand, no others."""
+"""Law 6: a masked pair changes neither loss nor gradient; known training answers and own heads are masked, no others."""
 
+import dataclasses
 import math
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pykalm.graph.known import KnownAnswers, known_answers
 from pykalm.learn import batches
 from pykalm.learn.losses import dual_view_loss
 from pykalm.model.run import Run
+from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import build_batch, gradients, replaced, tiny_encoder, tiny_graph, tiny_verbalizer
 
 # ada knows bo, cy; dan knows bo; bo likes cy; cy likes bo; ada b likes eve (the training triples of tiny_graph).
@@ -32,27 +34,58 @@ KNOWN_BY_HAND = {
 }
 
 
+def own_head(query: str) -> str:
+    """Return the candidate text of a query's own head."""
+    return query.rsplit(", ", 1)[0] + " ]"
+
+
 def loss_of(query: Tensor, candidates: Tensor, known: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, c = query.clone().requires_grad_(), candidates.clone().requires_grad_()
-    loss = dual_view_loss(q, c, log_scale=torch.tensor(math.log(4.0)), margin=0.1, positives=positives, known=known)
+    loss = dual_view_loss(q, c, log_scale=torch.tensor(math.log(4.0)), margin=0.1, positives=positives, masked=known)
     return loss.detach(), *torch.autograd.grad(loss, (q, c))
 
 
-def test_known_answers_of_a_batch_are_masked() -> None:
+def test_known_answers_of_a_batch_are_masked_and_own_heads() -> None:
     """Every pair of the batch's mask, by its texts, against the list above, also when only part of train is drawn."""
     verbalizer = tiny_verbalizer(tiny_graph())
     for triples in (None, [(0, 0, 2), (3, 1, 2)]):
-        encoder = tiny_encoder()
-        batch = build_batch(encoder, verbalizer, triples)
-        decode = verbalizer.tokenizer.decode
-        spelled = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in batch.trie.paths}
-        queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
+        batch = build_batch(tiny_encoder(), verbalizer, triples)
+        queries, candidates = spelled(batch, verbalizer)
         assert len(queries) == len(set(queries))
         assert len(candidates) == len(set(candidates))
         for i, query in enumerate(queries):
             for j, candidate in enumerate(candidates):
-                assert bool(batch.known[i, j]) == (candidate in KNOWN_BY_HAND[query]), (query, candidate)
-        assert all(batch.known[i, j] for i, j in batch.positives)
+                wanted = candidate in KNOWN_BY_HAND[query] or candidate == own_head(query)
+                assert bool(batch.masked[i, j]) == wanted, (query, candidate)
+        assert all(batch.masked[i, j] for i, j in batch.positives)
+
+
+def test_the_own_head_of_a_query_is_told_but_where_it_is_an_answer() -> None:
+    """Bo also likes bo, and cy has the text of ada, whom ada knows: neither is a negative of such a query in any part."""
+    rows = ((0, 0, 2), (2, 1, 2), (3, 0, 4), (0, 0, 3), (1, 1, 4), (1, 1, 5))  # the last two are valid and test
+    same = dataclasses.replace(tiny_graph(rows), entity_names=("ada", "ada b", "bo", "ada", "dan", "eve"))
+    verbalizer = tiny_verbalizer(same)
+    batch = build_batch(tiny_encoder(), verbalizer)
+    queries, candidates = spelled(batch, verbalizer)
+    found = {query: None if own < 0 else candidates[own] for query, own in zip(queries, batch.own_heads, strict=True)}
+    ada, bo = "[ ada: a poet ]", "[ bo: a baker of bread ]"
+    assert found == {
+        "[ ada: a poet, knows ]": None,
+        "[ ada: a poet, is known by ]": None,
+        "[ bo: a baker of bread, likes ]": None,
+        "[ bo: a baker of bread, is liked by ]": None,
+        "[ bo: a baker of bread, is known by ]": bo,
+        "[ dan, is known by ]": "[ dan ]",
+    }
+    assert ada in candidates
+
+
+def spelled(batch: batches.Batch, verbalizer: Verbalizer) -> tuple[list[str], list[str]]:
+    """Return the texts of a batch's queries and candidates."""
+    decode, paths = verbalizer.tokenizer.decode, batch.trie.paths
+    texts = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in paths}
+    queries, candidates = ([texts[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
+    return queries, candidates
 
 
 def test_what_only_valid_or_test_knows_is_a_negative_of_training() -> None:
@@ -61,16 +94,14 @@ def test_what_only_valid_or_test_knows_is_a_negative_of_training() -> None:
     graph, encoder = tiny_graph(rows), tiny_encoder()
     run = Run(Path("nowhere"), Config(graph="people"), graph, encoder, tiny_verbalizer(graph))
     batch = api.batch_builder(run).build(graph.triples("train"), np.random.default_rng(0))
-    decode = run.verbalizer.tokenizer.decode
-    spelled = {int(path[path >= 0][-1]): decode(batch.trie.token_ids[path[path >= 0]]) for path in batch.trie.paths}
-    queries, candidates = ([spelled[int(n)] for n in nodes] for nodes in (batch.query_nodes, batch.candidate_nodes))
+    queries, candidates = spelled(batch, run.verbalizer)
     ada, dan, eve, bo = "ada: a poet", "dan", "eve: a sailor", "bo: a baker of bread"
-    masked = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.known)}
+    masked = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.masked)}
     for split, (tail, tail_mark) in {"valid": (dan, f"[ {dan} ]"), "test": (eve, f"[ {eve} ]")}.items():
         pairs = {(f"[ {ada}, knows ]", tail_mark), (f"[ {tail}, is known by ]", f"[ {ada} ]")}
         assert all(query in queries and candidate in candidates for query, candidate in pairs), split
         assert not pairs & masked, split
-    assert masked == {
+    assert masked - {(query, own_head(query)) for query in queries} == {
         (f"[ {ada}, knows ]", f"[ {bo} ]"), (f"[ {bo}, knows ]", f"[ {dan} ]"), (f"[ {bo}, knows ]", f"[ {eve} ]"),
         (f"[ {bo}, is known by ]", f"[ {ada} ]"), (f"[ {dan}, is known by ]", f"[ {bo} ]"),
         (f"[ {eve}, is known by ]", f"[ {bo} ]"),
@@ -103,6 +134,22 @@ def test_loss_equals_a_sum_worked_out_by_hand() -> None:
     assert abs(float(loss) - (sum(rows) / 2 + sum(columns) / 2) / 2) < 1e-6
 
 
+def test_the_own_head_is_the_only_negative_of_its_part_of_the_query_view() -> None:
+    """Scale 4, margin 0.1: query 0 (cosines 0.5, 0.25, 0) has own head 2, query 1 (0, 0.75, 0) has none; weight 0.2."""
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    candidates = torch.tensor([[0.5, 0.0], [0.25, 0.75], [0.0, 0.0]])
+    known = torch.tensor([[True, False, True], [False, True, False]])
+    asked = {"log_scale": torch.tensor(math.log(4.0)), "margin": 0.1, "masked": known}
+    positives, own = torch.tensor([[0, 0], [1, 1]]), torch.tensor([2, -1])
+    for views, share in (("both", 0.5), ("query", 1.0), ("candidate", 0.0)):
+        with_it, without = (
+            dual_view_loss(query, candidates, positives=positives, own_heads=own, self_weight=w, views=views, **asked)  # type: ignore[arg-type]
+            for w in (0.2, 0.0)
+        )
+        worked_out = 0.2 * math.log1p(math.exp(0 - 1.6)) / 2  # query 1 has no such part
+        assert abs(float(with_it - without) - share * worked_out) < 1e-6
+
+
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
     loss, *grads = loss_of(torch.eye(2), torch.eye(2), torch.ones(2, 2, dtype=torch.bool), torch.tensor([[0, 0]]))
     assert float(loss) == 0
@@ -111,8 +158,6 @@ def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
 
 def test_entities_with_the_same_text_are_one_candidate() -> None:
     """Two poets named cy cannot be told apart, so neither is a negative of the other's triples."""
-    import dataclasses
-
     graph = dataclasses.replace(tiny_graph(), entity_names=("ada", "ada b", "bo", "cy", "dan", "cy"),
                                 entity_descriptions=("a poet", "", "a baker of bread", "a poet", "", "a poet"))  # fmt: skip
     encoder = tiny_encoder()
@@ -128,12 +173,34 @@ def mask_never_fires() -> AbstractContextManager[None]:
     return replaced(KnownAnswers, "pairs", lambda self, heads, relations, candidates: (none, none))
 
 
+def own_heads_are_negatives() -> AbstractContextManager[None]:
+    """Let a query's own head be a negative like others, which it is not in the paper."""
+    right = batches._distinct_texts
+
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
+        *found, masked, own_heads = right(queries, candidates, positives, known, own)
+        masked[np.flatnonzero(own_heads >= 0), own_heads[own_heads >= 0]] = False
+        return *found, masked, own_heads
+
+    return replaced(batches, "_distinct_texts", wrong)
+
+
+def answers_are_told_as_own_heads() -> AbstractContextManager[None]:
+    """Tell a query's own head also where it is an answer of it: pushed away as such, and drawn near as an answer."""
+    right = batches._distinct_texts
+
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
+        return right(queries, candidates, positives, known[:0], own)
+
+    return replaced(batches, "_distinct_texts", wrong)
+
+
 def only_the_batch_is_masked() -> AbstractContextManager[None]:
     """Mask the positives of the batch, but no other known triple."""
     right = batches._distinct_texts
 
-    def wrong(queries: Any, candidates: Any, positives: Any, known: Any) -> Any:
-        return right(queries, candidates, positives, positives)
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
+        return right(queries, candidates, positives, positives, own)
 
     return replaced(batches, "_distinct_texts", wrong)
 
@@ -151,12 +218,16 @@ def valid_and_test_are_masked() -> AbstractContextManager[None]:
 BREAKS = {
     "the mask never fires": mask_never_fires,
     "only the batch's own triples are masked": only_the_batch_is_masked,
+    "a query's own head is a negative": own_heads_are_negatives,
+    "an answer is told as the own head": answers_are_told_as_own_heads,
     "masked scores are lowered, not removed": masked_scores_are_lowered_by_one,
     "the mask knows valid and test": valid_and_test_are_masked,
 }
 CHECKS = {
-    "the mask never fires": "test_known_answers_of_a_batch_are_masked",
-    "only the batch's own triples are masked": "test_known_answers_of_a_batch_are_masked",
+    "the mask never fires": "test_known_answers_of_a_batch_are_masked_and_own_heads",
+    "only the batch's own triples are masked": "test_known_answers_of_a_batch_are_masked_and_own_heads",
+    "a query's own head is a negative": "test_known_answers_of_a_batch_are_masked_and_own_heads",
+    "an answer is told as the own head": "test_the_own_head_of_a_query_is_told_but_where_it_is_an_answer",
     "masked scores are lowered, not removed": "test_moving_a_masked_pair_changes_neither_loss_nor_gradient",
     "the mask knows valid and test": "test_what_only_valid_or_test_knows_is_a_negative_of_training",
 }

@@ -61,12 +61,12 @@ def positives_are_rolled() -> AbstractContextManager[None]:
     """Teach every query the answer of another."""
     right = step.dual_view_loss
 
-    def wrong(query: Any, candidates: Any, *, positives: Any, known: Any, **rest: Any) -> Any:
+    def wrong(query: Any, candidates: Any, *, positives: Any, masked: Any, **rest: Any) -> Any:
         rolled = positives.clone()
         rolled[:, 1] = positives[:, 1].roll(1)
-        wrong_known = known & False
-        wrong_known[rolled[:, 0], rolled[:, 1]] = True
-        return right(query, candidates, positives=rolled, known=wrong_known, **rest)
+        wrong_mask = masked & False
+        wrong_mask[rolled[:, 0], rolled[:, 1]] = True
+        return right(query, candidates, positives=rolled, masked=wrong_mask, **rest)
 
     return replaced(step, "dual_view_loss", wrong)
 

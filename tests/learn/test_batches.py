@@ -97,7 +97,7 @@ def test_answers_are_predicted_from_the_node_before_them() -> None:
 def test_without_the_contrast_only_completions_are_read() -> None:
     batch = builder(1.0, explicit=False).build(tiny_graph().triples("train"), np.random.default_rng(0))
     assert len(batch.query_nodes) == len(batch.candidate_nodes) == len(batch.positives) == 0
-    assert batch.known.shape == (0, 0)
+    assert batch.masked.shape == (0, 0)
     assert len(batch.trie.lengths) == batch.num_triples == 6
 
 
@@ -116,9 +116,12 @@ def test_entities_with_the_same_text_are_one_candidate_known_when_any_is() -> No
         [text[node] for node in nodes] for nodes in (batch.query_nodes.tolist(), batch.candidate_nodes.tolist())
     )
     assert len(set(candidates)) == len(candidates) == 5
-    known = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.known)}
+    masked = {(queries[i], candidates[j]) for i, j in np.argwhere(batch.masked)}
     both_ways = verbalizer.graph.both_directions("train")
-    assert known == {(decode(verbalizer.query(h, r)), decode(verbalizer.candidate(t))) for h, r, t in both_ways}
+    query_of = {(h, r): decode(verbalizer.query(h, r)) for h, r, _ in both_ways}
+    text_of = [decode(verbalizer.candidate(entity)) for entity in range(6)]
+    known = {(query_of[h, r], text_of[t]) for h, r, t in both_ways}
+    assert masked == known | {(query_of[h, r], text_of[h]) for h, r, _ in both_ways}
     positives = {(queries[i], candidates[j]) for i, j in batch.positives}
     assert len(positives) == len(batch.positives)
     assert positives == known

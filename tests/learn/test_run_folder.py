@@ -82,16 +82,25 @@ def test_drafts_of_killed_processes_are_removed_by_the_next_writer(tmp_path: Pat
         assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("place", ["file/run", "file"])
+@pytest.mark.parametrize(("place", "found", "remedy"), [
+    ("file/run", "cannot save", "Check the folder and its rights"),
+    ("file", "wanted a folder for the run, found a file", "Name another one"),
+])  # fmt: skip
 def test_a_place_that_cannot_be_written_to_is_said_before_the_model_is_loaded(
-    place: str, model: str, graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str,
+    found: str,
+    remedy: str,
+    model: str,
+    graph_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     given = ["--graph", str(graph_folder), "--model", model]
     assert cli.main(["train", "--out", str(tmp_path / place), *given]) == 1
     printed = capsys.readouterr().err
-    assert f"{tmp_path / place}: cannot save" in printed
-    assert "Check the folder and its rights" in printed
+    assert f"{tmp_path / place}: {found}" in printed
+    assert remedy in printed
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -20,7 +20,7 @@ def loss_of(views: str) -> float:
         log_scale=torch.tensor(math.log(4.0)),
         margin=0.1,
         positives=torch.tensor([[0, 0], [1, 1]]),
-        known=torch.eye(2, dtype=torch.bool),
+        masked=torch.eye(2, dtype=torch.bool),
         views=views,  # type: ignore[arg-type]
     )
     return float(loss)

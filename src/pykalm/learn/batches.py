@@ -21,8 +21,9 @@ class Batch:
     """Hold the texts of a step as one trie, and what the losses ask of it.
 
     query_nodes (B,), candidate_nodes (C,): where the distinct query and candidate texts are pooled;
-    positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where a pair is a known training
-    triple; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict;
+    positives (P, 2): rows (query, candidate) of the batch's triples; masked (B, C): True where a pair is no negative: a known
+    training triple, or a query and its own head; own_heads (B,): the candidate that is a query's own head, −1 where that is a
+    known answer of it; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict;
     own_nodes (S,): nodes of the base model's own texts; own_likely (S, K), own_log_p (S, K + 1): what it would write next,
     as in OwnTexts.
     """
@@ -31,7 +32,8 @@ class Batch:
     query_nodes: IntArray
     candidate_nodes: IntArray
     positives: IntArray
-    known: npt.NDArray[np.bool_]
+    masked: npt.NDArray[np.bool_]
+    own_heads: IntArray
     answer_nodes: IntArray
     answer_tokens: IntArray
     num_triples: int
@@ -110,14 +112,15 @@ class BatchBuilder:
         own_likely, own_log_p = self.own_texts.distributions(own)
         last, num_queries, num_pooled = trie.last_nodes(), len(queries), len(queries) + len(candidates)
         answer_nodes, answer_tokens = answer_positions(trie, completions, start=num_pooled)
-        query_nodes, candidate_nodes, positives, known = _distinct_texts(
+        query_nodes, candidate_nodes, positives, masked, own_heads = _distinct_texts(
             last[:num_queries],
             last[num_queries:num_pooled],
             np.stack([query_of, tail_of], axis=1),
             np.stack(self.known.pairs(heads, relations, entities), axis=1),
+            np.searchsorted(entities, heads),
         )
         return Batch(
-            trie, query_nodes, candidate_nodes, positives, known, answer_nodes, answer_tokens,
+            trie, query_nodes, candidate_nodes, positives, masked, own_heads, answer_nodes, answer_tokens,
             num_triples=len(directed) // 2,
             own_nodes=trie.paths[num_pooled + len(completions) :, : self.own_texts.length].ravel().astype(np.int64),
             own_likely=own_likely,
@@ -154,19 +157,24 @@ def _distinct_pairs(pairs: IntArray) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def _distinct_texts(
-    query_nodes: IntArray, candidate_nodes: IntArray, positives: IntArray, known: IntArray
-) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_]]:
+    query_nodes: IntArray, candidate_nodes: IntArray, positives: IntArray, known: IntArray, own: IntArray
+) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
     """Merge queries, and candidates, whose texts are the same: nothing in their vectors could tell them apart.
 
-    positives (P, 2), known (n, 2): pairs (query, candidate) of entities. A pair of texts is known when any of the pairs
-    behind it is; that is returned as a matrix.
+    positives (P, 2), known (n, 2): pairs (query, candidate) of entities; own: the candidate that is the head of each query. A
+    pair of texts is known when any of the pairs behind it is. Returns the two kinds of nodes, and positives, masked and
+    own_heads as a batch holds them.
     """
     if not len(query_nodes):
-        return query_nodes, candidate_nodes, positives[:0], np.zeros((0, 0), dtype=np.bool_)
+        return query_nodes, candidate_nodes, positives[:0], np.zeros((0, 0), dtype=np.bool_), own[:0]
     distinct_queries, query_of = np.unique(query_nodes, return_inverse=True)
     distinct_candidates, candidate_of = np.unique(candidate_nodes, return_inverse=True)
-    mask = np.zeros((len(distinct_queries), len(distinct_candidates)), dtype=np.bool_)
-    mask[query_of[known[:, 0]], candidate_of[known[:, 1]]] = True
+    masked = np.zeros((len(distinct_queries), len(distinct_candidates)), dtype=np.bool_)
+    masked[query_of[known[:, 0]], candidate_of[known[:, 1]]] = True
+    own_heads = np.empty(len(distinct_queries), dtype=np.int64)
+    own_heads[query_of] = candidate_of[own]
+    own_heads[masked[np.arange(len(own_heads)), own_heads]] = -1
+    masked[query_of, candidate_of[own]] = True
     keys = query_of[positives[:, 0]] * len(distinct_candidates) + candidate_of[positives[:, 1]]
     pairs = np.stack(np.divmod(np.unique(keys), len(distinct_candidates)), axis=1)
-    return distinct_queries, distinct_candidates, pairs, mask
+    return distinct_queries, distinct_candidates, pairs, masked, own_heads

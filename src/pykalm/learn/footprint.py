@@ -271,13 +271,13 @@ def _bytes_of_similarity(pairs: int, device: torch.device) -> int:
 
     def loss_of(side: int) -> int:
         vectors = torch.randn(2, side, NARROW, device=device, requires_grad=True)
-        known = torch.zeros(side, side, dtype=torch.bool, device=device)
+        masked = torch.zeros(side, side, dtype=torch.bool, device=device)
         positives = torch.arange(side, device=device)[:, None].expand(-1, 2)
         log_scale = torch.zeros((), device=device, requires_grad=True)
 
         def work() -> None:
             dual_view_loss(
-                vectors[0], vectors[1], log_scale=log_scale, margin=0.0, positives=positives, known=known
+                vectors[0], vectors[1], log_scale=log_scale, margin=0.0, positives=positives, masked=masked
             ).backward()  # type: ignore[no-untyped-call]
 
         return peak_bytes(work, device)

@@ -19,7 +19,9 @@ def dual_view_loss(
     log_scale: Tensor,
     margin: float,
     positives: Tensor,
-    known: Tensor,
+    masked: Tensor,
+    own_heads: Tensor | None = None,
+    self_weight: float = 0.0,
     views: Literal["both", "query", "candidate"] = "both",
 ) -> Tensor:
     """Return L_exp = ½ · (L(hr→t) + L(t→hr)), the mean over P positives of both views. METHOD.md §2.
@@ -27,19 +29,24 @@ def dual_view_loss(
     views "query" is L(hr→t) alone, "candidate" L(t→hr) alone.
 
     query (B, D) and candidates (C, D): unit rows, each distinct text once; log_scale: log(1/τ), a scalar;
-    positives (P, 2): rows (query, candidate) of the batch's triples; known (B, C): True where (query, candidate) is any
-    known training triple. A known pair is never a negative, in either view, so every positive meets the same negatives
-    and counts once.
+    positives (P, 2): rows (query, candidate) of the batch's triples; masked (B, C): True where (query, candidate) is no
+    negative, in either view: every known training triple, so that every positive meets the same negatives and counts once,
+    and what else is left out. own_heads (B,): the candidate that is each query's own head, −1 for none, which is the only
+    negative of a part of L(hr→t), with self_weight.
     """
     assert query.dtype == candidates.dtype == torch.float32
     scale = log_scale.float().exp()
     scores = query @ candidates.T * scale
     i, j = positives.T
     positive = scores[i, j] - margin * scale
-    negative = scores.masked_fill(known, MASKED)
+    negative = scores.masked_fill(masked, MASKED)
     losses = []
     if views != "candidate":
-        losses.append(F.softplus(negative.logsumexp(dim=1)[i] - positive).mean())
+        found = F.softplus(negative.logsumexp(dim=1)[i] - positive)
+        if own_heads is not None:
+            own = torch.where(own_heads[i] >= 0, scores[i, own_heads[i]], MASKED)
+            found = found + self_weight * F.softplus(own - positive)
+        losses.append(found.mean())
     if views != "query":
         losses.append(F.softplus(negative.logsumexp(dim=0)[j] - positive).mean())
     return torch.stack(losses).mean()

@@ -286,7 +286,9 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
         margin=objective.margin,
         views=objective.views,
         positives=on_device(batch.positives, device),
-        known=on_device(batch.known, device),
+        masked=on_device(batch.masked, device),
+        own_heads=on_device(batch.own_heads, device),
+        self_weight=objective.self_negative_weight,
     )
 
 

@@ -86,6 +86,11 @@ class Trainer:
         steps = math.ceil(training.epochs * self.order.steps_per_epoch)
         return min(steps, training.max_steps or steps)
 
+    def num_tokens(self) -> int:
+        """Return about how many tokens all steps read together, by those of the first."""
+        batch = self.builder.build(self.order.at(0), np.random.default_rng([self.config.seed, 0, 1]))
+        return self.num_steps * batch.trie.num_nodes
+
     def run(self) -> Progress:
         """Train to the end, or until patience runs out, from the last save on where there is one.
 

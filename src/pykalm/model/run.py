@@ -217,9 +217,9 @@ def load_base(config: Config, *, device: str | None = None) -> LanguageModel:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     target = resolve_device(device or config.training.device)
     if wants_sharding():
-        if config.training.compile or config.training.memory is not None or config.adapter.quantize != "none":
+        if config.training.compile is True or config.training.memory is not None or config.adapter.quantize != "none":
             raise UsageError(
-                "--use_fsdp goes with training.compile=false, training.memory=null and adapter.quantize=none only. Set "
+                "--use_fsdp goes with training.compile=auto or false, training.memory=null and adapter.quantize=none only. Set "
                 "them so, and training.chunk_tokens by hand."
             )
         target = torch.device("cpu")  # whole; on the GPUs there is room for the parts only
