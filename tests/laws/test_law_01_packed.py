@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from pykalm.graph.graph import IntArray
+from pykalm.learn import batches
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import StepLoss
 from pykalm.model import attention, matmul_attention, packing, unpadded
@@ -333,10 +334,22 @@ def attention_forgets_its_scale() -> AbstractContextManager[None]:
     return mock.patch.dict(AttentionInterface._global_mapping, {matmul_attention.NAME: wrong})
 
 
+def own_heads_are_the_next_candidate() -> AbstractContextManager[None]:
+    """Let the part of a query's own head meet the candidate after it."""
+    right = batches._distinct_texts
+
+    def wrong(*arguments: Any) -> Any:
+        *found, masked, own = right(*arguments)
+        return *found, masked, np.where(own < 0, own, (own + 1) % masked.shape[1])
+
+    return replaced(batches, "_distinct_texts", wrong)
+
+
 BREAKS = {
     "siblings see each other": siblings_see_each_other,
     "the window counts places in the row": window_counts_places_in_the_row,
     "a subtree ends one node late": subtree_ends_one_late,
+    "own heads are the next candidate": own_heads_are_the_next_candidate,
 }
 CHECKS = dict.fromkeys(BREAKS, "test_packed_trie_equals_separate_passes")
 BREAKS["attention forgets its scale"] = attention_forgets_its_scale
