@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from pykalm.learn.state import STATE_FILE
 from pykalm.learn.tracking import require_trackers
 from pykalm.learn.train import StepReport, Trainer
 from pykalm.memory import explained_memory, format_size
-from pykalm.model.compiled import compile_layers
-from pykalm.model.encoder import Progress
+from pykalm.model.compiled import compile_layers, undo_compiling
+from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.index import EntityIndex, build_index, index_fingerprint
 from pykalm.model.load import load_tokenizer
 from pykalm.model.run import Run, load_baseline, load_run, new_run, read_run_config, reopen_run
 from pykalm.model.sharding import is_sharded
-from pykalm.processes import any_of, failing_together, gather, holding, join, on_main
+from pykalm.processes import any_of, count, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
 from pykalm.use.predict import Prediction, Predictor
@@ -46,8 +47,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 WORTH_COMPILING = {"cpu": 2e14, "cuda": 5e15}
-"""Weights times tokens of a training from which on compiled layers save more than they take, by far: half an hour on two
-cores, some eight minutes on a large GPU."""
+"""Weights times tokens of a training from which on compiled layers save several times what compiling takes, on two threads, or
+a large GPU: half an hour and some eight minutes (docs/log.md). More threads, GPUs or processes need as much more."""
 MEASURING_REMEDY = "Three rows were tried for what a token takes: lower training.row_tokens, or take a smaller model."
 
 
@@ -82,9 +83,7 @@ def train(
         run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
-        trainer = _trainer(run, watch)
-        _maybe_compile(trainer)
-        trainer.run()
+        _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
 
 
@@ -224,8 +223,12 @@ def _with_passes_for(budget: int, run: Run) -> Run:
         format_size(footprint.per_token), f"{fit.chunk_tokens:,}", f"{fit.memory_tokens:,}",
     )  # fmt: skip
     run.encoder.chunk_tokens = fit.chunk_tokens
-    chosen = training.model_copy(update={"chunk_tokens": fit.chunk_tokens, "memory_tokens": fit.memory_tokens})
-    config = run.config.model_copy(update={"training": chosen})
+    return _keep(run, chunk_tokens=fit.chunk_tokens, memory_tokens=fit.memory_tokens)
+
+
+def _keep(run: Run, **chosen: Any) -> Run:
+    """Write down with a run what was chosen for it, by key of `training`; returns the run with it."""
+    config = run.config.model_copy(update={"training": run.config.training.model_copy(update=chosen)})
     on_main(
         lambda: replace_file(run.path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     )
@@ -244,30 +247,47 @@ def batch_builder(run: Run) -> BatchBuilder:
         completion_share=objective.completion_share if objective.implicit else 0,
         own_texts=run.own_texts,
         own_tokens=objective.kl_tokens,
+        masks_own_heads=objective.self_negatives != "among",
     )
 
 
-def _maybe_compile(trainer: Trainer) -> None:
-    """Compile the layers where the settings say so or, for `auto`, where it is worth it and the machine can."""
-    wanted = trainer.config.training.compile
-    if not (_is_worth_compiling(trainer) if wanted == "auto" else wanted):
-        return
-    log.warning("kalm: the layers are compiled, which takes a minute or two (training.compile) ...")
+def _maybe_compile(run: Run, trainer: Trainer) -> None:
+    """Compile the layers where the settings say so or, for `auto`, where it is worth it and all processes can; keep that."""
+    wanted = run.config.training.compile
+    chosen = _is_worth_compiling(trainer) if wanted == "auto" else wanted
+    if chosen:
+        log.warning("kalm: the layers are compiled, which takes a minute or two (training.compile) ...")
+        with failing_together():
+            error = _compile_error(run.encoder, is_raised=wanted is True)
+        if any(gather(error)):
+            chosen = False
+            undo_compiling(run.encoder)
+            reason = next(filter(None, gather(error)))
+            log.warning("kalm: they are left as they are, and steps take longer. %s", reason)
+    if wanted == "auto":
+        _keep(run, compile=chosen)
+
+
+def _compile_error(encoder: Encoder, *, is_raised: bool) -> str | None:
+    """Compile the layers; return why they cannot be, or raise it."""
     try:
-        compile_layers(trainer.encoder)
+        compile_layers(encoder)
     except ModelError as error:
-        if wanted is True:
+        if is_raised:
             raise
-        log.warning("kalm: they are left as they are, and steps take longer. %s", error)
+        return str(error)
+    return None
 
 
 def _is_worth_compiling(trainer: Trainer) -> bool:
-    """Return whether a training, from the first step on, also if it is resumed, is long enough to gain by compiled layers."""
-    encoder = trainer.encoder
+    """Return whether a training is long enough to gain by compiled layers, and knows of nothing that speaks against them."""
+    encoder, config = trainer.encoder, trainer.config
     least = WORTH_COMPILING.get(encoder.device.type)
-    if least is None or is_sharded(encoder) or trainer.config.adapter.quantize != "none":
+    if least is None or is_sharded(encoder) or config.adapter.quantize != "none" or config.training.memory is not None:
         return False
-    return trainer.num_tokens() * sum(weight.numel() for weight in encoder.model.parameters()) >= least
+    at_once = count() * (torch.get_num_threads() / 2 if encoder.device.type == "cpu" else 1)
+    weights = sum(weight.numel() for weight in encoder.model.parameters())
+    return trainer.num_tokens() * weights >= least * at_once
 
 
 def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
@@ -281,6 +301,7 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
         save_best=lambda progress: run.save_aligned(step=progress.step, valid_mrr=progress.best_mrr),
         validate=_validation(run),
         watch=watch or (lambda report: None),
+        before_steps=partial(_maybe_compile, run),
         fingerprints={
             "graph": graph.fingerprint(),
             "model": run.encoder.source_fingerprint,

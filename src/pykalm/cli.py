@@ -17,7 +17,7 @@ import typer
 import pykalm
 from pykalm import cli_compare, cli_measures, cli_qa, cli_report
 from pykalm.cli_options import AsJson, AskedSplit, Baseline, Device, OtherGraph, RunFolder, label_of, show_measured
-from pykalm.config import load_config
+from pykalm.config import load_config, load_kept_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
 from pykalm.terminal import Watcher, print_json, print_table, report_failure, say, show_progress
@@ -156,7 +156,8 @@ def train(
     given = (("graph", graph), ("model", model), ("training.memory", memory))
     # JSON is YAML too, and quotes every name that YAML would read otherwise.
     named = [f"{key}={json.dumps(value)}" for key, value in given if value]
-    settings = load_config(kept if resume and config is None else config, [*(overrides or []), *named])
+    overrides = [*(overrides or []), *named]
+    settings = load_kept_config(kept, overrides) if resume and config is None else load_config(config, overrides)
     say(f"Aligning {settings.model} with {settings.graph}: the model is read and checked first ...")
     try:
         with show_progress("training") as watch:

@@ -34,6 +34,7 @@ __all__ = [
     "TrainingSettings",
     "configuration_page",
     "load_config",
+    "load_kept_config",
 ]
 
 
@@ -65,6 +66,15 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
         count = "A problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{count} in the settings (all settings: docs/configuration.md):", *problems]))
     return config
+
+
+BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}}
+"""What a run whose settings do not name it was trained with."""
+
+
+def load_kept_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Build the settings that a run keeps, perhaps one of an earlier version; as `load_config`."""
+    return load_config(file, overrides, **BEFORE)
 
 
 def flatten(values: Mapping[str, Any], *, place: str) -> Iterator[Setting]:

@@ -101,10 +101,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     a file is in its place. On Windows, which cannot lock a folder, nothing is held: there it is up to the user to train once
     at a time.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: wanted a folder for the run, found a file. Name another one.")
     with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise RunError(f"{folder}: wanted a folder, found a file. Name another one.") from error
         handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
         if handle is not None:

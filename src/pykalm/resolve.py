@@ -18,6 +18,7 @@ FREE = (
     "training.chunk_tokens",
     "training.save_every",
     "training.attention",
+    "training.compile",
     "training.device",
     "training.trackers",
 )
@@ -42,6 +43,10 @@ def resolve_settings(
     if wanted.training.memory is not None and wanted.training.memory == saved.training.memory:
         kept = {key: getattr(saved.training, key) for key in ("memory_tokens", "chunk_tokens")}
         wanted = wanted.model_copy(update={"training": wanted.training.model_copy(update=kept)})
+    if wanted.training.compile == "auto":  # it has chosen
+        wanted = wanted.model_copy(
+            update={"training": wanted.training.model_copy(update={"compile": saved.training.compile})}
+        )
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and key not in FREE]
     if changed:

@@ -96,11 +96,13 @@ class ObjectiveSettings(Settings):
         le=8192,
         description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0.",
     )
+    self_negatives: Literal["apart", "among", "none"] = Field(
+        "apart",
+        description="What a query's own head, with whose text it begins, is to it: the only negative of a part of the loss of"
+        " its own (`apart`), one negative among all (`among`), or none (`none`, nearest to the paper; docs/method.md §2).",
+    )
     self_negative_weight: float = Field(
-        0.2,
-        ge=0,
-        description="Weight of a part of the query view in which the query's own head, with whose text it begins, is the only"
-        " negative (docs/method.md §2). It is no negative elsewhere. 0 leaves it out (paper).",
+        0.2, gt=0, description="Weight of that part of its own in the query view, with `apart`."
     )
     views: Literal["both", "query", "candidate"] = Field(
         "both",
@@ -158,7 +160,8 @@ class TrainingSettings(Settings):
         "auto",
         description="Whether torch.compile fuses the work of each layer, which takes a minute or two, less the next time. A"
         " step takes three quarters of the time on a CPU, which needs a C++ compiler for it, and some two fifths on a GPU."
-        " `auto` does where the training is long enough to gain by it and the machine can.",
+        " `auto` does where the training is long enough to gain by it, training.memory is null and the machine can; what it"
+        " chose is kept with the run.",
     )
     chunk_tokens: Positive | None = Field(
         None,

@@ -86,6 +86,7 @@ def build_batch(
     share: float = 1.0,
     explicit: bool = True,
     own: int = 0,
+    masks_own_heads: bool = True,
 ) -> Batch:
     """Return the batch of the graph's training triples, or of others, in one trie; every triple completed by default.
 
@@ -94,7 +95,7 @@ def build_batch(
     graph = verbalizer.graph
     builder = BatchBuilder(
         graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=explicit, completion_share=share,
-        own_texts=tiny_own_texts(), own_tokens=own * OWN_LENGTH,
+        own_texts=tiny_own_texts(), own_tokens=own * OWN_LENGTH, masks_own_heads=masks_own_heads,
     )  # fmt: skip
     chosen = graph.triples("train") if triples is None else np.asarray(triples)
     return builder.build(chosen, np.random.default_rng(3))

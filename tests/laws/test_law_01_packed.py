@@ -31,9 +31,6 @@ from tests.laws.common import (
 )
 from tests.tiny_models import FAMILIES
 
-SELF = 0.2
-"""The default of objective.self_negative_weight."""
-
 
 def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
     """Read one text in a pass of its own, as transformers would: no mask, no padding, no positions given."""
@@ -42,9 +39,13 @@ def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
 
 
 def loss_by_loops(
-    encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]], triples: IntArray | None = None
-) -> Tensor:
-    """Write METHOD.md §2–4 down in loops over the training triples, or those of a batch, both directions, with λ = 1."""
+    encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]], triples: IntArray | None = None,
+    *, self_weight: float = 0.2, among: bool = False,
+) -> Tensor:  # fmt: skip
+    """Write METHOD.md §2–4 down in loops over the training triples, or those of a batch, both directions, with λ = 1.
+
+    self_weight: that of the own head's part, by default as in the settings; among: it is one negative among all instead.
+    """
     graph = verbalizer.graph
     train = graph.triples("train")
     rows, every = (both_ways(some, graph.num_relations) for some in (train if triples is None else triples, train))
@@ -55,12 +56,12 @@ def loss_by_loops(
     explicit = []
     for h, r, t in rows:
         true = (query[h, r] @ candidate[t] - γ) / τ
-        tails = [query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known and e != h]
-        heads = [query[q] @ candidate[t] / τ for q in query if (*q, t) not in known and q[0] != t]
+        tails = [query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known and (among or e != h)]
+        heads = [query[q] @ candidate[t] / τ for q in query if (*q, t) not in known and (among or q[0] != t)]
         explicit += [-F.log_softmax(torch.stack([true, *others]), 0)[0] for others in (tails, heads)]
-        if (h, r, h) not in known:  # its part of a row's loss
+        if (h, r, h) not in known and not among:  # its part of a row's loss
             explicit[-2] = (
-                explicit[-2] - SELF * F.log_softmax(torch.stack([true, query[h, r] @ candidate[h] / τ]), 0)[0]
+                explicit[-2] - self_weight * F.log_softmax(torch.stack([true, query[h, r] @ candidate[h] / τ]), 0)[0]
             )
     surprises = []
     for triple in completed:
@@ -96,10 +97,12 @@ def require_loops(
     triples: IntArray | None = None,
     *,
     what: tuple[str, ...],
+    **own_heads: Any,
 ) -> None:
     """Require the loss of a packed step, and every gradient, to be those of the loops over separate passes."""
     encoder.zero_grad()
-    expected = loss_by_loops(encoder, verbalizer, completed_triples(encoder, verbalizer, triples), triples)
+    completed = completed_triples(encoder, verbalizer, triples)
+    expected = loss_by_loops(encoder, verbalizer, completed, triples, **own_heads)
     expected.backward()
     assert abs(loss.total - float(expected.detach())) < 2e-5, (*what, loss.total, float(expected))
     difference = largest_difference(packed, copied_gradients(encoder))
@@ -113,6 +116,24 @@ def test_packed_trie_equals_separate_passes() -> None:
             encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph(), template=template)
             loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
             require_loops(encoder, verbalizer, loss, packed, what=(family, template))
+
+
+def test_own_heads_count_as_the_settings_say() -> None:
+    verbalizer = tiny_verbalizer(tiny_graph())
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "a larger part": ({"self_negative_weight": 0.7}, {"self_weight": 0.7}),
+        "none": ({"self_negatives": "none"}, {"self_weight": 0.0}),
+        "among": ({"self_negatives": "among"}, {"among": True}),
+    }
+    losses = []
+    for way, (settings, wanted) in ways.items():
+        encoder = tiny_encoder()
+        batch = build_batch(encoder, verbalizer, masks_own_heads=way != "among")
+        loss, packed = gradients(encoder, batch, **settings)
+        require_loops(encoder, verbalizer, loss, packed, what=(way,), **wanted)
+        losses.append(loss.explicit)
+    assert losses[0] > losses[1] + 0.01
+    assert losses[2] > losses[1] + 0.01
 
 
 def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
@@ -338,8 +359,8 @@ def own_heads_are_the_next_candidate() -> AbstractContextManager[None]:
     """Let the part of a query's own head meet the candidate after it."""
     right = batches._distinct_texts
 
-    def wrong(*arguments: Any) -> Any:
-        *found, masked, own = right(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        *found, masked, own = right(*arguments, **options)
         return *found, masked, np.where(own < 0, own, (own + 1) % masked.shape[1])
 
     return replaced(batches, "_distinct_texts", wrong)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,14 @@ def loss_of(query: Tensor, candidates: Tensor, known: Tensor, positives: Tensor)
 def test_known_answers_of_a_batch_are_masked_and_own_heads() -> None:
     """Every pair of the batch's mask, by its texts, against the list above, also when only part of train is drawn."""
     verbalizer = tiny_verbalizer(tiny_graph())
-    for triples in (None, [(0, 0, 2), (3, 1, 2)]):
-        batch = build_batch(tiny_encoder(), verbalizer, triples)
+    for triples, own in product((None, [(0, 0, 2), (3, 1, 2)]), (True, False)):
+        batch = build_batch(tiny_encoder(), verbalizer, triples, masks_own_heads=own)
         queries, candidates = spelled(batch, verbalizer)
         assert len(queries) == len(set(queries))
         assert len(candidates) == len(set(candidates))
         for i, query in enumerate(queries):
             for j, candidate in enumerate(candidates):
-                wanted = candidate in KNOWN_BY_HAND[query] or candidate == own_head(query)
+                wanted = candidate in KNOWN_BY_HAND[query] or (own and candidate == own_head(query))
                 assert bool(batch.masked[i, j]) == wanted, (query, candidate)
         assert all(batch.masked[i, j] for i, j in batch.positives)
 
@@ -177,10 +178,8 @@ def own_heads_are_negatives() -> AbstractContextManager[None]:
     """Let a query's own head be a negative like others, which it is not in the paper."""
     right = batches._distinct_texts
 
-    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
-        *found, masked, own_heads = right(queries, candidates, positives, known, own)
-        masked[np.flatnonzero(own_heads >= 0), own_heads[own_heads >= 0]] = False
-        return *found, masked, own_heads
+    def wrong(*arguments: Any, masks_own: bool) -> Any:
+        return right(*arguments, masks_own=False)
 
     return replaced(batches, "_distinct_texts", wrong)
 
@@ -189,8 +188,8 @@ def answers_are_told_as_own_heads() -> AbstractContextManager[None]:
     """Tell a query's own head also where it is an answer of it: pushed away as such, and drawn near as an answer."""
     right = batches._distinct_texts
 
-    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
-        return right(queries, candidates, positives, known[:0], own)
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any, **options: Any) -> Any:
+        return right(queries, candidates, positives, known[:0], own, **options)
 
     return replaced(batches, "_distinct_texts", wrong)
 
@@ -199,8 +198,8 @@ def only_the_batch_is_masked() -> AbstractContextManager[None]:
     """Mask the positives of the batch, but no other known triple."""
     right = batches._distinct_texts
 
-    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any) -> Any:
-        return right(queries, candidates, positives, positives, own)
+    def wrong(queries: Any, candidates: Any, positives: Any, known: Any, own: Any, **options: Any) -> Any:
+        return right(queries, candidates, positives, positives, own, **options)
 
     return replaced(batches, "_distinct_texts", wrong)
 

@@ -26,8 +26,8 @@ Train = Callable[..., Run]
     ("place", "name", "call"),
     [
         (torch, "save", 3),
-        (os, "replace", 5),
-        (os, "fsync", 9),
+        (os, "replace", 6),
+        (os, "fsync", 10),
         (Path, "rename", 2),
         (Path, "rename", 3),
     ],

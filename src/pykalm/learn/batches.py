@@ -80,7 +80,7 @@ class BatchBuilder:
 
     completion_share: share of the triples (each in one direction, drawn by seed) whose completion is trained; 0 for none.
     lay_out: texts to trie, as the encoder wants it; own_texts: those of the base model, own_tokens of them (in whole texts)
-    in every batch.
+    in every batch; masks_own_heads: whether a query's own head is no negative among the others.
     """
 
     graph: KnowledgeGraph
@@ -91,6 +91,7 @@ class BatchBuilder:
     completion_share: float
     own_texts: OwnTexts = field(default_factory=OwnTexts.none)
     own_tokens: int = 0
+    masks_own_heads: bool = True
 
     def build(self, triples: IntArray, generator: np.random.Generator) -> Batch:
         """Return the batch of triples (N, 3), relations in [0, R)."""
@@ -118,6 +119,7 @@ class BatchBuilder:
             np.stack([query_of, tail_of], axis=1),
             np.stack(self.known.pairs(heads, relations, entities), axis=1),
             np.searchsorted(entities, heads),
+            masks_own=self.masks_own_heads,
         )
         return Batch(
             trie, query_nodes, candidate_nodes, positives, masked, own_heads, answer_nodes, answer_tokens,
@@ -157,13 +159,19 @@ def _distinct_pairs(pairs: IntArray) -> tuple[IntArray, IntArray, IntArray]:
 
 
 def _distinct_texts(
-    query_nodes: IntArray, candidate_nodes: IntArray, positives: IntArray, known: IntArray, own: IntArray
+    query_nodes: IntArray,
+    candidate_nodes: IntArray,
+    positives: IntArray,
+    known: IntArray,
+    own: IntArray,
+    *,
+    masks_own: bool,
 ) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
     """Merge queries, and candidates, whose texts are the same: nothing in their vectors could tell them apart.
 
-    positives (P, 2), known (n, 2): pairs (query, candidate) of entities; own: the candidate that is the head of each query. A
-    pair of texts is known when any of the pairs behind it is. Returns the two kinds of nodes, and positives, masked and
-    own_heads as a batch holds them.
+    positives (P, 2), known (n, 2): pairs (query, candidate) of entities; own: the candidate that is the head of each query,
+    which masks_own masks. A pair of texts is known when any of the pairs behind it is; of several heads that one query text
+    has, the last is its own. Returns the two kinds of nodes, and positives, masked and own_heads as a batch holds them.
     """
     if not len(query_nodes):
         return query_nodes, candidate_nodes, positives[:0], np.zeros((0, 0), dtype=np.bool_), own[:0]
@@ -174,7 +182,8 @@ def _distinct_texts(
     own_heads = np.empty(len(distinct_queries), dtype=np.int64)
     own_heads[query_of] = candidate_of[own]
     own_heads[masked[np.arange(len(own_heads)), own_heads]] = -1
-    masked[query_of, candidate_of[own]] = True
+    if masks_own:
+        masked[query_of, candidate_of[own]] = True
     keys = query_of[positives[:, 0]] * len(distinct_candidates) + candidate_of[positives[:, 1]]
     pairs = np.stack(np.divmod(np.unique(keys), len(distinct_candidates)), axis=1)
     return distinct_queries, distinct_candidates, pairs, masked, own_heads

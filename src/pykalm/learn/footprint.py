@@ -277,7 +277,14 @@ def _bytes_of_similarity(pairs: int, device: torch.device) -> int:
 
         def work() -> None:
             dual_view_loss(
-                vectors[0], vectors[1], log_scale=log_scale, margin=0.0, positives=positives, masked=masked
+                vectors[0],
+                vectors[1],
+                log_scale=log_scale,
+                margin=0.0,
+                positives=positives,
+                masked=masked,
+                own_heads=positives[:, 1],
+                self_weight=1.0,
             ).backward()  # type: ignore[no-untyped-call]
 
         return peak_bytes(work, device)

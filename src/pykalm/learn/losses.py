@@ -38,13 +38,15 @@ def dual_view_loss(
     scale = log_scale.float().exp()
     scores = query @ candidates.T * scale
     i, j = positives.T
-    positive = scores[i, j] - margin * scale
+    # One look at the scores: for each there is a gradient as large as all of them.
+    picked = scores[i, j[None] if own_heads is None else torch.stack([j, own_heads[i]])]
+    positive = picked[0] - margin * scale
     negative = scores.masked_fill(masked, MASKED)
     losses = []
     if views != "candidate":
         found = F.softplus(negative.logsumexp(dim=1)[i] - positive)
         if own_heads is not None:
-            own = torch.where(own_heads[i] >= 0, scores[i, own_heads[i]], MASKED)
+            own = torch.where(own_heads[i] >= 0, picked[1], MASKED)
             found = found + self_weight * F.softplus(own - positive)
         losses.append(found.mean())
     if views != "query":

@@ -65,6 +65,7 @@ class Trainer:
 
     validate: returns the valid MRR of the encoder as it is, or None is given where the graph has no valid split;
     fingerprints: of what must not change between a stop and a resume;
+    before_steps: is called with this once all that was saved is there, if steps are left;
     save_best: puts the weights where the run's users find them; watch: is told of every step.
     Of several processes all run it, with the same contents; the main one alone writes and calls watch.
     """
@@ -78,6 +79,7 @@ class Trainer:
     fingerprints: dict[str, str]
     validate: Callable[[], float] | None = None
     watch: Callable[[StepReport], None] = lambda report: None
+    before_steps: Callable[["Trainer"], None] = lambda trainer: None
 
     @property
     def num_steps(self) -> int:
@@ -107,6 +109,8 @@ class Trainer:
             optimizer = _optimizer(parameters, self.config)
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
             self._require_the_same_everywhere(progress)
+            if progress.step < self.num_steps and not progress.finished:
+                self.before_steps(self)
             metrics, speed = on_main(lambda: MetricsLog(self.folder, step=progress.step)), _Speed()
             self.encoder.train()
             with built_ahead(self._build, self.num_steps, start=progress.step, device=self.encoder.device) as batch_at:

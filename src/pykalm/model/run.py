@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pykalm.config import Config, TextSettings, load_config
+from pykalm.config import Config, TextSettings, load_kept_config
 from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError, UsageError
 from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
@@ -47,9 +47,6 @@ ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, 
 """What alignment.json must hold to be used, besides what is there for the reader."""
 
 OWN_TEXTS = "own_texts.npz"
-BEFORE_KL = {"kl_weight": 0.0}
-"""What a run whose settings do not name it was trained with."""
-
 ROW_TOKENS = {"cpu": 96, "cuda": 1024}
 """At least, measured on a CPU (docs/log.md): short rows cost less attention; in 64, cut prefixes cost more than that saves."""
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 16384}
@@ -301,7 +298,7 @@ def read_run_config(path: Path) -> Config:
             f"{path}: wanted a run folder, found no config.yaml in it. Give a folder that `kalm train` made."
         )
     try:
-        return load_config(file, [], objective=BEFORE_KL)
+        return load_kept_config(file)
     except KalmError as error:
         raise RunError(f"{file}: the settings of this run cannot be read by this version.\n{error}") from error
 
