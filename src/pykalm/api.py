@@ -259,11 +259,10 @@ def _maybe_compile(run: Run, trainer: Trainer) -> None:
         log.warning("kalm: the layers are compiled, which takes a minute or two (training.compile) ...")
         with failing_together():
             error = _compile_error(run.encoder, is_raised=wanted is True)
-        if any(gather(error)):
+        if errors := list(filter(None, gather(error))):
             chosen = False
             undo_compiling(run.encoder)
-            reason = next(filter(None, gather(error)))
-            log.warning("kalm: they are left as they are, and steps take longer. %s", reason)
+            log.warning("kalm: they are left as they are, and steps take longer. %s", errors[0])
     if wanted == "auto":
         _keep(run, compile=chosen)
 
