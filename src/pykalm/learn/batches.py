@@ -23,9 +23,9 @@ class Batch:
     query_nodes (B,), candidate_nodes (C,): where the distinct query and candidate texts are pooled;
     positives (P, 2): rows (query, candidate) of the batch's triples; masked (B, C): True where a pair is no negative: a known
     training triple or, where so asked, a query and its own head; own_heads (B,): the candidate that is a query's own head, −1
-    where that is a known answer of it; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each must predict;
-    own_nodes (S,): nodes of the base model's own texts; own_likely (S, K), own_log_p (S, K + 1): what it would write next,
-    as in OwnTexts.
+    where that is a known answer of it; answer_nodes, answer_tokens (A,): nodes that carry completion loss, and the token each
+    must predict; own_nodes (S,): nodes of the base model's own texts; own_likely (S, K), own_log_p (S, K + 1): what it would
+    write next, as in OwnTexts.
     """
 
     trie: TokenTrie
