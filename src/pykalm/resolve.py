@@ -40,13 +40,11 @@ def resolve_settings(
     wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
     if not is_loaded and wanted.graph != saved.graph:
         wanted = _placed(wanted)
+    chosen = ["compile"] if wanted.training.compile == "auto" else []
     if wanted.training.memory is not None and wanted.training.memory == saved.training.memory:
-        kept = {key: getattr(saved.training, key) for key in ("memory_tokens", "chunk_tokens")}
-        wanted = wanted.model_copy(update={"training": wanted.training.model_copy(update=kept)})
-    if wanted.training.compile == "auto":  # it has chosen
-        wanted = wanted.model_copy(
-            update={"training": wanted.training.model_copy(update={"compile": saved.training.compile})}
-        )
+        chosen += ["memory_tokens", "chunk_tokens"]
+    kept = {key: getattr(saved.training, key) for key in chosen}
+    wanted = wanted.model_copy(update={"training": wanted.training.model_copy(update=kept)})
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and key not in FREE]
     if changed:

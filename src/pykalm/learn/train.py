@@ -90,8 +90,7 @@ class Trainer:
 
     def num_tokens(self) -> int:
         """Return about how many tokens all steps read together, by those of the first."""
-        batch = self.builder.build(self.order.at(0), np.random.default_rng([self.config.seed, 0, 1]))
-        return self.num_steps * batch.trie.num_nodes
+        return self.num_steps * self._batch(0).trie.num_nodes
 
     def run(self) -> Progress:
         """Train to the end, or until patience runs out, from the last save on where there is one.
@@ -151,9 +150,13 @@ class Trainer:
                         raise KeyboardInterrupt
         return progress
 
+    def _batch(self, step: int) -> Batch:
+        """Return the batch of a step, a function of seed and step alone."""
+        return self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+
     def _build(self, step: int) -> tuple[Batch, Share]:
-        """Return the batch of a step, a function of seed and step alone, and this process's share of it."""
-        batch = self.builder.build(self.order.at(step), np.random.default_rng([self.config.seed, step, 1]))
+        """Return the batch of a step and this process's share of it."""
+        batch = self._batch(step)
         return batch, own_share(self.encoder, batch, self.config.training.memory_tokens)
 
     def _require_the_same_everywhere(self, progress: Progress) -> None:
