@@ -44,15 +44,15 @@ SMALL_BATCH = BATCH_SIZE // 2
 """Triples of a step at equal examples: both directions of them are as many examples as a published step has.
 
 `directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each.
-`apart` and `none` are `random` with that for objective.self_negatives."""
-SELF_NEGATIVES = "apart", "none"
+`among` and `none` are `random` with that for objective.self_negatives."""
+SELF_NEGATIVES = "among", "none"
 TIMED_BATCH = 64
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {
     "random": "#2a6f97",
     "neighbourhood": "#d97706",
     "directed": "#5b8c5a",
-    "apart": "#8a8a8a",
+    "among": "#8a8a8a",
     "none": "#b08bbb",
 }
 
@@ -156,7 +156,7 @@ def prepare(trial: Trial) -> Run:
             completion_share=COMPLETIONS / SMALL_BATCH,
             learn_temperature=not published,
             kl_weight=0,
-            self_negatives=trial.system if trial.system in SELF_NEGATIVES else "among",
+            self_negatives=trial.system if trial.system in SELF_NEGATIVES else "capped",
         ),
         training=TrainingSettings(
             batch_size=trial.batch_size,

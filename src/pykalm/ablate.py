@@ -38,7 +38,7 @@ VARIANTS: dict[str, Settings] = {
     "kl": {"objective.kl_weight": 1.0},
     "fixed-temperature": {"objective.learn_temperature": False},
     "no-margin": {"objective.margin": 0.0},
-    "self-negatives-apart": {"objective.self_negatives": "apart"},
+    "self-negatives-among": {"objective.self_negatives": "among"},
     "no-self-negatives": {"objective.self_negatives": "none"},
     "query-view": {"objective.views": "query"},
     "candidate-view": {"objective.views": "candidate"},

@@ -96,14 +96,10 @@ class ObjectiveSettings(Settings):
         le=8192,
         description="Tokens of the base model's own texts in every step, in whole texts of 64, where β is above 0.",
     )
-    self_negatives: Literal["apart", "among", "none"] = Field(
-        "among",
-        description="What a query's own head, with whose text it begins, is to it: one negative among all (`among`), the only"
-        " negative of a part of the loss of its own (`apart`: better in short trainings), or none (`none`,"
-        " nearest to the paper; docs/method.md §2).",
-    )
-    self_negative_weight: float = Field(
-        0.2, gt=0, description="Weight of that part of its own in the query view, with `apart`."
+    self_negatives: Literal["capped", "among", "none"] = Field(
+        "capped",
+        description="What a query's own head, with whose text it begins, is to it: a negative that weighs no more than the"
+        " hardest other one (`capped`), one among all (`among`), or none (`none`, nearest to the paper; docs/method.md §2).",
     )
     views: Literal["both", "query", "candidate"] = Field(
         "both",

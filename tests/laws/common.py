@@ -113,9 +113,7 @@ def gradients(
     encoder.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = ObjectiveSettings(
-            **{"implicit_weight": 1.0, "kl_weight": 1.0, "self_negatives": "apart", **objective}
-        )
+        settings = ObjectiveSettings(**{"implicit_weight": 1.0, "kl_weight": 1.0, **objective})
         loss = joint_gradient(encoder, batch, settings, memory_tokens=memory_tokens)
     return loss, copied_gradients(encoder)
 

@@ -75,11 +75,11 @@ def plain_loss(encoder: Encoder, batch: Batch, settings: ObjectiveSettings) -> t
     ]
     states = states[int((nodes < 0).sum()) :]  # padding comes first
     query, candidates = (pooled(states[torch.from_numpy(some)]) for some in (batch.query_nodes, batch.candidate_nodes))
-    own_heads = torch.from_numpy(batch.own_heads) if settings.self_negatives == "apart" else None
+    own_heads = torch.from_numpy(batch.own_heads) if settings.self_negatives == "capped" else None
     explicit = dual_view_loss(
         query, candidates, log_scale=encoder.log_inverse_temperature, margin=settings.margin,
         positives=torch.from_numpy(batch.positives), masked=torch.from_numpy(batch.masked),
-        own_heads=own_heads, self_weight=settings.self_negative_weight,
+        own_heads=own_heads,
     )  # fmt: skip
     answers, own = (encoder.logits(states[torch.from_numpy(some)]) for some in (batch.answer_nodes, batch.own_nodes))
     implicit = completion_loss_sum(answers, torch.from_numpy(batch.answer_tokens)) / len(answers)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pykalm import api
 from pykalm.config import Config
 from pykalm.graph.known import KnownAnswers, known_answers
-from pykalm.learn import batches
+from pykalm.learn import batches, losses
 from pykalm.learn.losses import dual_view_loss
 from pykalm.model.run import Run
 from pykalm.text.verbalize import Verbalizer
@@ -135,20 +135,40 @@ def test_loss_equals_a_sum_worked_out_by_hand() -> None:
     assert abs(float(loss) - (sum(rows) / 2 + sum(columns) / 2) / 2) < 1e-6
 
 
-def test_the_own_head_is_the_only_negative_of_its_part_of_the_query_view() -> None:
-    """Scale 4, margin 0.1: query 0 (cosines 0.5, 0.25, 0) has own head 2, query 1 (0, 0.75, 0) has none; weight 0.2."""
+def test_an_own_head_weighs_no_more_than_the_hardest_other_negative() -> None:
+    """Scale 4, margin 0.1: query 0 (cosines 0.5, 0.25, 0.2 and its own head's) has own head 3, query 1 has none."""
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    candidates = torch.tensor([[0.5, 0.0], [0.25, 0.75], [0.0, 0.0]])
-    known = torch.tensor([[True, False, True], [False, True, False]])
+    known = torch.tensor([[True, False, False, True], [False, True, False, False]])
     asked = {"log_scale": torch.tensor(math.log(4.0)), "margin": 0.1, "masked": known}
-    positives, own = torch.tensor([[0, 0], [1, 1]]), torch.tensor([2, -1])
-    for views, share in (("both", 0.5), ("query", 1.0), ("candidate", 0.0)):
-        with_it, without = (
-            dual_view_loss(query, candidates, positives=positives, own_heads=own, self_weight=w, views=views, **asked)  # type: ignore[arg-type]
-            for w in (0.2, 0.0)
+    positives, own = torch.tensor([[0, 0], [1, 1]]), torch.tensor([3, -1])
+    for cosine, counted in ((0.1, 0.1), (0.9, 0.25)):
+        candidates = torch.tensor([[0.5, 0.0], [0.25, 0.75], [0.2, 0.1], [cosine, 0.3]], requires_grad=True)
+        e = math.exp
+        others = [e(1.0) + e(0.8), e(0) + e(0.4) + e(1.2)]
+        rows = [math.log1p((others[0] + e(4 * counted)) / e(1.6)), math.log1p(others[1] / e(2.6))]
+        columns = [math.log1p(e(0) / e(1.6)), math.log1p(e(1.0) / e(2.6))]  # none of them is an own head
+        for views, expected in (("candidate", columns), ("both", rows + columns), ("query", rows)):
+            loss = dual_view_loss(query, candidates, positives=positives, own_heads=own, views=views, **asked)  # type: ignore[arg-type]
+            assert abs(float(loss.detach()) - sum(expected) / len(expected)) < 1e-6
+        (gradient,) = torch.autograd.grad(loss, candidates)
+        share = e(4 * counted) / (others[0] + e(4 * counted) + e(1.6))
+        assert abs(float(gradient[3, 0]) - 4 * share / 2) < 1e-6, (
+            "it is pushed away by the share that it is counted with"
         )
-        worked_out = 0.2 * math.log1p(math.exp(0 - 1.6)) / 2  # query 1 has no such part
-        assert abs(float(with_it - without) - share * worked_out) < 1e-6
+
+
+def test_own_heads_are_bounded_in_the_candidate_view_too() -> None:
+    """Candidate 0 is the answer of query 0 and the own head of queries 1 and 2; query 3 is its only other negative."""
+    query = torch.tensor([[1.0, 0.0], [0.8, 0.0], [0.1, 0.5], [0.3, 0.5]])
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    known = torch.tensor([[True, False], [True, True], [True, True], [False, True]])
+    positives, own = torch.tensor([[0, 0]]), torch.tensor([-1, 0, 0, -1])
+    loss = dual_view_loss(
+        query, candidates, log_scale=torch.tensor(math.log(4.0)), margin=0.1, masked=known, positives=positives,
+        own_heads=own, views="candidate",
+    )  # fmt: skip
+    e = math.exp
+    assert abs(float(loss) - math.log1p((e(1.2) + e(1.2) + e(0.4)) / e(3.6))) < 1e-6
 
 
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
@@ -194,6 +214,16 @@ def answers_are_told_as_own_heads() -> AbstractContextManager[None]:
     return replaced(batches, "_distinct_texts", wrong)
 
 
+def own_heads_weigh_in_full() -> AbstractContextManager[None]:
+    """Leave the weight of own heads unbounded, so that near ones take all of the gradient."""
+
+    def wrong(scores: Tensor, more: Tensor, place: Tensor, *, dim: int) -> Tensor:
+        found = scores.logsumexp(dim)
+        return found.exp().index_add(0, place, more.exp()).log() if len(more) else found
+
+    return replaced(losses, "_log_sum_exp", wrong)
+
+
 def only_the_batch_is_masked() -> AbstractContextManager[None]:
     """Mask the positives of the batch, but no other known triple."""
     right = batches._distinct_texts
@@ -219,6 +249,7 @@ BREAKS = {
     "only the batch's own triples are masked": only_the_batch_is_masked,
     "a query's own head is a negative": own_heads_are_negatives,
     "an answer is told as the own head": answers_are_told_as_own_heads,
+    "own heads weigh in full": own_heads_weigh_in_full,
     "masked scores are lowered, not removed": masked_scores_are_lowered_by_one,
     "the mask knows valid and test": valid_and_test_are_masked,
 }
@@ -227,6 +258,7 @@ CHECKS = {
     "only the batch's own triples are masked": "test_known_answers_of_a_batch_are_masked_and_own_heads",
     "a query's own head is a negative": "test_known_answers_of_a_batch_are_masked_and_own_heads",
     "an answer is told as the own head": "test_the_own_head_of_a_query_is_told_but_where_it_is_an_answer",
+    "own heads weigh in full": "test_an_own_head_weighs_no_more_than_the_hardest_other_negative",
     "masked scores are lowered, not removed": "test_moving_a_masked_pair_changes_neither_loss_nor_gradient",
     "the mask knows valid and test": "test_what_only_valid_or_test_knows_is_a_negative_of_training",
 }

@@ -284,7 +284,6 @@ def _bytes_of_similarity(pairs: int, device: torch.device) -> int:
                 positives=positives,
                 masked=masked,
                 own_heads=positives[:, 1],
-                self_weight=1.0,
             ).backward()  # type: ignore[no-untyped-call]
 
         return peak_bytes(work, device)

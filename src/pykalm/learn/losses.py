@@ -21,7 +21,6 @@ def dual_view_loss(
     positives: Tensor,
     masked: Tensor,
     own_heads: Tensor | None = None,
-    self_weight: float = 0.0,
     views: Literal["both", "query", "candidate"] = "both",
 ) -> Tensor:
     """Return L_exp = ½ · (L(hr→t) + L(t→hr)), the mean over P positives of both views. METHOD.md §2.
@@ -31,27 +30,41 @@ def dual_view_loss(
     query (B, D) and candidates (C, D): unit rows, each distinct text once; log_scale: log(1/τ), a scalar;
     positives (P, 2): rows (query, candidate) of the batch's triples; masked (B, C): True where (query, candidate) is no
     negative, in either view: every known training triple, so that every positive meets the same negatives and counts once,
-    and what else is left out. own_heads (B,): the candidate that is each query's own head, −1 for none, which is the only
-    negative of a part of L(hr→t), with self_weight.
+    and own heads, unless they are negatives like all others. own_heads (B,): the candidate that is each query's own head, −1
+    for none, which is a negative that weighs in either view no more than the hardest other one. docs/method.md §2.
     """
     assert query.dtype == candidates.dtype == torch.float32
     scale = log_scale.float().exp()
     scores = query @ candidates.T * scale
     i, j = positives.T
+    every = torch.arange(0 if own_heads is None else len(query), device=query.device)
+    own = every if own_heads is None else own_heads.clamp(min=0)
     # One look at the scores: for each there is a gradient as large as all of them.
-    picked = scores[i, j[None] if own_heads is None else torch.stack([j, own_heads[i]])]
-    positive = picked[0] - margin * scale
+    picked = scores[torch.cat([i, every]), torch.cat([j, own])]
+    true, self_scores = picked[: len(i)], picked[len(i) :]
+    if own_heads is not None:
+        self_scores = self_scores.masked_fill(own_heads < 0, MASKED)
     negative = scores.masked_fill(masked, MASKED)
     losses = []
     if views != "candidate":
-        found = F.softplus(negative.logsumexp(dim=1)[i] - positive)
-        if own_heads is not None:
-            own = torch.where(own_heads[i] >= 0, picked[1], MASKED)
-            found = found + self_weight * F.softplus(own - positive)
-        losses.append(found.mean())
+        losses.append(_log_sum_exp(negative, self_scores, every, dim=1)[i])
     if views != "query":
-        losses.append(F.softplus(negative.logsumexp(dim=0)[j] - positive).mean())
-    return torch.stack(losses).mean()
+        losses.append(_log_sum_exp(negative, self_scores, own, dim=0)[j])
+    return F.softplus(torch.stack(losses) - (true - margin * scale)).mean()
+
+
+def _log_sum_exp(scores: Tensor, more: Tensor, place: Tensor, *, dim: int) -> Tensor:
+    """Return log Σ exp of scores along dim, and of more (n,), at place (n,), each counted as at most the largest score there.
+
+    What it is counted as has no gradient: the share of the softmax that is left to it is the weight of its pull.
+    """
+    found = scores.logsumexp(dim)
+    if not len(more):
+        return found
+    largest = scores.detach().amax(dim)
+    above = more - largest[place]
+    share = torch.exp(above - above.detach().clamp(min=0))
+    return largest + ((found - largest).exp().index_add(0, place, share)).log()
 
 
 def completion_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -287,8 +287,7 @@ def _explicit(encoder: Encoder, batch: Batch, objective: ObjectiveSettings, own:
         views=objective.views,
         positives=on_device(batch.positives, device),
         masked=on_device(batch.masked, device),
-        own_heads=on_device(batch.own_heads, device) if objective.self_negatives == "apart" else None,
-        self_weight=objective.self_negative_weight,
+        own_heads=on_device(batch.own_heads, device) if objective.self_negatives == "capped" else None,
     )
 
 
