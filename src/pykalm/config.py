@@ -54,9 +54,25 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
     mapping. Raises ConfigError with all problems at once.
     """
     problems: list[str] = []
-    settings = list(flatten(defaults, place="argument"))
-    settings += read_settings(file, problems) if file is not None else []
-    settings += parse_overrides(overrides, problems)
+    return _build(read_settings(file, problems) if file is not None else [], overrides, defaults, problems)
+
+
+BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}}
+"""What a run whose settings do not name it was trained with."""
+RETIRED = {"objective.self_negative_weight"}
+"""Settings of earlier versions of which nothing depends any more."""
+
+
+def load_kept_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Build the settings that a run keeps, perhaps one of an earlier version; as `load_config`."""
+    problems: list[str] = []
+    kept = [setting for setting in read_settings(file, problems) if setting.key not in RETIRED]
+    return _build(kept, overrides, BEFORE, problems)
+
+
+def _build(read: list[Setting], overrides: Sequence[str], defaults: Mapping[str, Any], problems: list[str]) -> Config:
+    """Build the settings from defaults, what was read from a file, and overrides. Raises ConfigError with all problems."""
+    settings = [*flatten(defaults, place="argument"), *read, *parse_overrides(overrides, problems)]
     latest = {setting.key: setting for setting in settings}
     try:
         config = Config.model_validate(nest(latest.values()))
@@ -66,15 +82,6 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
         count = "A problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{count} in the settings (all settings: docs/configuration.md):", *problems]))
     return config
-
-
-BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}}
-"""What a run whose settings do not name it was trained with."""
-
-
-def load_kept_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Build the settings that a run keeps, perhaps one of an earlier version; as `load_config`."""
-    return load_config(file, overrides, **BEFORE)
 
 
 def flatten(values: Mapping[str, Any], *, place: str) -> Iterator[Setting]:

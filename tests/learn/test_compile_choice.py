@@ -161,3 +161,15 @@ def test_a_run_of_an_earlier_version_says_what_it_was_trained_with(
     assert (config.objective.kl_weight, config.objective.self_negatives) == (0, "among")
     assert cli.main(["train", "--out", str(run.path), "--resume", "--set", "objective.self_negatives=capped"]) != 0
     assert "objective.self_negatives: saved 'among', found 'capped'" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_gone_is_passed_over_in_runs_alone(
+    train: Train, graph_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(graph=graph_folder, objective__kl_weight=0, training__max_steps=1)
+    kept = run.path / "config.yaml"
+    now = kept.read_text(encoding="utf-8")
+    kept.write_text(now.replace("objective:\n", "objective:\n  self_negative_weight: 0.2\n"), encoding="utf-8")
+    assert read_run_config(run.path) == run.config
+    assert cli.main(["train", "--out", str(run.path / "new"), "--config", str(kept)]) != 0
+    assert "objective.self_negative_weight is not a setting" in capsys.readouterr().err
