@@ -46,6 +46,7 @@ SMALL_BATCH = BATCH_SIZE // 2
 `directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each.
 `among` and `none` are `random` with that for objective.self_negatives."""
 SELF_NEGATIVES = "among", "none"
+SYSTEMS = {*EXAMPLES, *TIME, *SELF_NEGATIVES}
 TIMED_BATCH = 64
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {
@@ -122,6 +123,8 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     """Yield the trials, all systems of a seed together, so that a stop leaves fair pairs."""
     by_examples = given.command == "examples"
     systems = given.systems.split(",") if given.systems else EXAMPLES if by_examples else TIME
+    if unknown := set(systems) - SYSTEMS:
+        raise SystemExit(f"quality: wanted some of {', '.join(sorted(SYSTEMS))}, found {', '.join(sorted(unknown))}.")
     budget: dict[str, Any] = {"triples": given.triples, "batch_size": given.batch_size or SMALL_BATCH} if by_examples else {
         "seconds": given.seconds, "batch_size": given.batch_size or TIMED_BATCH}  # fmt: skip
     for seed in map(int, given.seeds.split(",")):

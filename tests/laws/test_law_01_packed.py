@@ -59,7 +59,7 @@ def loss_by_loops(
         tails = {(h, r, e): query[h, r] @ candidate[e] / τ for e in entities if (h, r, e) not in known}
         heads = {(*q, t): query[q] @ candidate[t] / τ for q in query if (*q, t) not in known}
         explicit += [
-            -F.log_softmax(torch.stack([true, *negatives(view, self_negatives)]), 0)[0] for view in (tails, heads)
+            -F.log_softmax(torch.stack([true, *negatives(view, τ, self_negatives)]), 0)[0] for view in (tails, heads)
         ]
     surprises = []
     for triple in completed:
@@ -70,14 +70,14 @@ def loss_by_loops(
     return torch.stack(explicit).mean() + torch.stack(surprises).mean()
 
 
-def negatives(scores: dict[tuple[int, int, int], Tensor], self_negatives: str) -> list[Tensor]:
+def negatives(scores: dict[tuple[int, int, int], Tensor], τ: Tensor, self_negatives: str) -> list[Tensor]:
     """Return what a positive is compared with, of the scores of triples: those of another head and tail, and own heads."""
     others = [score for (h, _, t), score in scores.items() if h != t]
     own = [score for (h, _, t), score in scores.items() if h == t]
     if self_negatives == "none" or (self_negatives == "capped" and not others):
         return others
     if self_negatives == "capped":
-        own = [score - F.relu(score - max(others)).detach() for score in own]
+        own = [score - F.relu((score - max(others)) * τ).detach() / τ for score in own]
     return others + own
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -146,7 +147,7 @@ def test_an_own_head_weighs_no_more_than_the_hardest_other_negative() -> None:
         e = math.exp
         others = [e(1.0) + e(0.8), e(0) + e(0.4) + e(1.2)]
         rows = [math.log1p((others[0] + e(4 * counted)) / e(1.6)), math.log1p(others[1] / e(2.6))]
-        columns = [math.log1p(e(0) / e(1.6)), math.log1p(e(1.0) / e(2.6))]  # none of them is an own head
+        columns = [math.log1p(e(0) / e(1.6)), math.log1p(e(1.0) / e(2.6))]  # no answer is an own head
         for views, expected in (("candidate", columns), ("both", rows + columns), ("query", rows)):
             loss = dual_view_loss(query, candidates, positives=positives, own_heads=own, views=views, **asked)  # type: ignore[arg-type]
             assert abs(float(loss.detach()) - sum(expected) / len(expected)) < 1e-6
@@ -169,6 +170,49 @@ def test_own_heads_are_bounded_in_the_candidate_view_too() -> None:
     )  # fmt: skip
     e = math.exp
     assert abs(float(loss) - math.log1p((e(1.2) + e(1.2) + e(0.4)) / e(3.6))) < 1e-6
+
+
+def test_the_temperature_learns_from_what_own_heads_are_counted_as() -> None:
+    """Queries near their own heads: the gradient of log(1/τ) is the slope of the loss, in float64's differences."""
+    vectors = torch.nn.functional.normalize(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    own, positives = torch.tensor([0, 1, 2, 3, -1, 4]), torch.tensor([[0, 5], [1, 4], [5, 5]])
+    query = torch.nn.functional.normalize(vectors[0] + 2 * vectors[1][own], dim=-1)
+    known = torch.zeros(6, 6, dtype=torch.bool)
+    known[positives[:, 0], positives[:, 1]] = known[[0, 1, 2, 3, 5], [0, 1, 2, 3, 4]] = True
+
+    def loss(log_scale: Tensor, heads: Tensor | None) -> Tensor:
+        return dual_view_loss(
+            query, vectors[1], log_scale=log_scale, margin=0.1, positives=positives, masked=known, own_heads=heads
+        )
+
+    at = torch.tensor(2.0, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(at, own), at)
+    step = 1 / 64
+    differences = (float(loss(at.detach() + step, own)) - float(loss(at.detach() - step, own))) / (2 * step)
+    assert abs(float(slope) - differences) < 2e-3
+
+
+def test_an_own_head_that_is_the_only_negative_is_none() -> None:
+    """There is nothing that its weight could be measured by, in its row or in its column."""
+    query, candidates = torch.eye(2).requires_grad_(), (torch.eye(2) * 0.5).requires_grad_()
+    loss = dual_view_loss(
+        query, candidates, log_scale=torch.tensor(3.0), margin=0.1, masked=torch.ones(2, 2, dtype=torch.bool),
+        positives=torch.tensor([[0, 0], [1, 1]]), own_heads=torch.tensor([1, 0]),
+    )  # fmt: skip
+    assert float(loss.detach()) == 0
+    assert all(float(gradient.abs().max()) == 0 for gradient in torch.autograd.grad(loss, (query, candidates)))
+
+
+@pytest.mark.parametrize("self_negatives", ["capped", "among", "none"])
+def test_trainings_mask_own_heads_as_the_settings_say(self_negatives: str) -> None:
+    """As one among all they are not masked; otherwise they are, and are told, of which `none` makes no use."""
+    graph, encoder = tiny_graph(), tiny_encoder()
+    config = Config.model_validate({"graph": "people", "objective": {"self_negatives": self_negatives}})
+    run = Run(Path("nowhere"), config, graph, encoder, tiny_verbalizer(graph))
+    batch = api.batch_builder(run).build(graph.triples("train"), np.random.default_rng(0))
+    of = np.flatnonzero(batch.own_heads >= 0)
+    assert len(of) > 2
+    assert batch.masked[of, batch.own_heads[of]].tolist() == [self_negatives != "among"] * len(of)
 
 
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient() -> None:
@@ -217,7 +261,7 @@ def answers_are_told_as_own_heads() -> AbstractContextManager[None]:
 def own_heads_weigh_in_full() -> AbstractContextManager[None]:
     """Leave the weight of own heads unbounded, so that near ones take all of the gradient."""
 
-    def wrong(scores: Tensor, more: Tensor, place: Tensor, *, dim: int) -> Tensor:
+    def wrong(scores: Tensor, more: Tensor, place: Tensor, scale: Tensor, *, dim: int) -> Tensor:
         found = scores.logsumexp(dim)
         return found.exp().index_add(0, place, more.exp()).log() if len(more) else found
 

@@ -47,23 +47,24 @@ def dual_view_loss(
     negative = scores.masked_fill(masked, MASKED)
     losses = []
     if views != "candidate":
-        losses.append(_log_sum_exp(negative, self_scores, every, dim=1)[i])
+        losses.append(_log_sum_exp(negative, self_scores, every, scale, dim=1)[i])
     if views != "query":
-        losses.append(_log_sum_exp(negative, self_scores, own, dim=0)[j])
+        losses.append(_log_sum_exp(negative, self_scores, own, scale, dim=0)[j])
     return F.softplus(torch.stack(losses) - (true - margin * scale)).mean()
 
 
-def _log_sum_exp(scores: Tensor, more: Tensor, place: Tensor, *, dim: int) -> Tensor:
+def _log_sum_exp(scores: Tensor, more: Tensor, place: Tensor, scale: Tensor, *, dim: int) -> Tensor:
     """Return log Σ exp of scores along dim, and of more (n,), at place (n,), each counted as at most the largest score there.
 
-    What it is counted as has no gradient: the share of the softmax that is left to it is the weight of its pull.
+    What is above the largest is taken off as a constant in cosines: the share of the softmax that is left is the weight of
+    its pull, and the temperature's gradient is that of the value.
     """
     found = scores.logsumexp(dim)
     if not len(more):
         return found
     largest = scores.detach().amax(dim)
     above = more - largest[place]
-    share = torch.exp(above - above.detach().clamp(min=0))
+    share = torch.exp(above - above.detach().clamp(min=0) * (scale / scale.detach()))
     return largest + ((found - largest).exp().index_add(0, place, share)).log()
 
 
