@@ -99,7 +99,7 @@ class ObjectiveSettings(Settings):
     self_negatives: Literal["capped", "among", "none"] = Field(
         "capped",
         description="What a query's own head, with whose text it begins, is to it: a negative that weighs no more than the"
-        " hardest other one (`capped`), one among all (`among`), or none (`none`, nearest to the paper; docs/method.md §2).",
+        " hardest other one (`capped`), one among all (`among`), or none (`none`; docs/method.md §2).",
     )
     views: Literal["both", "query", "candidate"] = Field(
         "both",
