@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,33 +26,40 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from pykalm.api import batch_builder
+from pykalm.api import batch_builder, triple_order
 from pykalm.bench.published import BATCH_SIZE, COMPLETIONS, PublishedRecipe
 from pykalm.bench.training import new_optimizer
 from pykalm.config import AdapterSettings, Config, ObjectiveSettings, TextSettings, TrainingSettings
 from pykalm.evaluate.links import evaluate_links, validation_mrr
 from pykalm.files import replace_file
 from pykalm.graph.catalogue import load_graph
-from pykalm.graph.graph import both_directions
+from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.subgraph import sample_for_validation
-from pykalm.learn.batches import Batch, TripleOrder
+from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import joint_gradient
 from pykalm.model.run import Run, build_run, load_base
 
-EXAMPLES, TIME = ("random", "directed", "published"), ("random", "neighbourhood")
+PUBLISHED = "published"
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "random": {},
+    "neighbourhood": {"training": {"batching": "neighbourhood"}},
+    "together": {"training": {"directions": "together"}},
+    "apart": {"training": {"directions": "apart"}},
+    "among": {"objective": {"self_negatives": "among"}},
+    "none": {"objective": {"self_negatives": "none"}},
+}
+"""What each of kalm's systems changes in the default settings."""
+SYSTEMS = {PUBLISHED, *WAYS}
+EXAMPLES, TIME = ("random", PUBLISHED), ("random", "neighbourhood")
 SMALL_BATCH = BATCH_SIZE // 2
-"""Triples of a step at equal examples: both directions of them are as many examples as a published step has.
-
-`directed` is kalm with the very steps of the published recipe: as many examples of as many triples, in one direction each.
-`among` and `none` are `random` with that for objective.self_negatives."""
-SELF_NEGATIVES = "among", "none"
-SYSTEMS = {*EXAMPLES, *TIME, *SELF_NEGATIVES}
+"""Triples of a step at equal examples: both directions of them are as many examples as a published step has."""
 TIMED_BATCH = 64
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {
     "random": "#2a6f97",
     "neighbourhood": "#d97706",
-    "directed": "#5b8c5a",
+    "together": "#5b8c5a",
+    "apart": "#a44a3f",
     "among": "#8a8a8a",
     "none": "#b08bbb",
 }
@@ -149,7 +156,8 @@ def run(trial: Trial, out: Path) -> str:
 
 def prepare(trial: Trial) -> Run:
     """Return a run that is nowhere on disk, with new adapters."""
-    published = trial.system == "published"
+    published = trial.system == PUBLISHED
+    way = WAYS.get(trial.system, {})
     config = Config(
         graph=trial.graph,
         seed=trial.seed,
@@ -159,13 +167,9 @@ def prepare(trial: Trial) -> Run:
             completion_share=COMPLETIONS / SMALL_BATCH,
             learn_temperature=not published,
             kl_weight=0,
-            self_negatives=trial.system if trial.system in SELF_NEGATIVES else "capped",
+            **way.get("objective", {}),
         ),
-        training=TrainingSettings(
-            batch_size=trial.batch_size,
-            batching=trial.system if trial.system == "neighbourhood" else "random",
-            device="cpu",
-        ),
+        training=TrainingSettings(batch_size=trial.batch_size, device="cpu", **way.get("training", {})),
     )
     return build_run(Path("quality"), config, load_graph(trial.graph), load_base(config), temperature=0.05)
 
@@ -198,34 +202,39 @@ def train(trial: Trial, prepared: Run) -> Outcome:
 
 def steps(trial: Trial, prepared: Run) -> Iterator[float]:
     """Leave the gradient of step after step in the encoder; yield the triples, in both directions, of each."""
-    drawn = prepared.graph.triples("train")
-    if trial.triples:
-        drawn = np.random.default_rng([trial.seed, 9]).permutation(drawn)[: trial.triples]
+    if trial.system == PUBLISHED:
+        return published_steps(trial, prepared, learned_graph(trial, prepared.graph))
+    learned = replace(prepared, graph=learned_graph(trial, prepared.graph))
+    return own_steps(trial, prepared, triple_order(learned))
+
+
+def learned_graph(trial: Trial, graph: KnowledgeGraph) -> KnowledgeGraph:
+    """Return a graph with the training triples of a trial alone."""
+    if trial.triples is None:
+        return graph
+    drawn = np.random.default_rng([trial.seed, 9]).permutation(graph.triples("train"))[: trial.triples]
+    return replace(graph, splits={**graph.splits, "train": drawn})
+
+
+def published_steps(trial: Trial, prepared: Run, learned: KnowledgeGraph) -> Iterator[float]:
+    """Take steps of the published recipe, 24 directed triples each where a step of kalm has 12 triples."""
+    recipe = PublishedRecipe(prepared.encoder, prepared.verbalizer, prepared.config.objective, skip_unused=True)
+    size, both = 2 * trial.batch_size, learned.both_directions("train")
+    for epoch in range(10**9):
+        directed = np.random.default_rng([trial.seed, epoch]).permutation(both)
+        for start in range(0, len(directed), size):
+            chosen = directed[start : start + size]
+            recipe.gradient(chosen, chosen[: max(1, len(chosen) * COMPLETIONS // BATCH_SIZE)])
+            yield len(chosen) / 2
+
+
+def own_steps(trial: Trial, prepared: Run, order: TripleOrder) -> Iterator[float]:
+    """Take steps as `kalm train` does; masked is what the whole graph holds."""
     builder = batch_builder(prepared)
-    if trial.system in ("published", "directed"):
-        recipe = PublishedRecipe(prepared.encoder, prepared.verbalizer, prepared.config.objective, skip_unused=True)
-        size, both = 2 * trial.batch_size, both_directions(drawn, prepared.graph.num_relations)
-        for epoch in range(10**9):
-            directed = np.random.default_rng([trial.seed, epoch]).permutation(both)
-            for start in range(0, len(directed), size):
-                chosen = directed[start : start + size]
-                completed = chosen[: max(1, len(chosen) * COMPLETIONS // BATCH_SIZE)]
-                if trial.system == "published":
-                    recipe.gradient(chosen, completed)
-                else:
-                    generator = np.random.default_rng([trial.seed, epoch, start, 1])
-                    learn(prepared, builder.build_directed(chosen, completed, generator))
-                yield len(chosen) / 2
-    order = TripleOrder(drawn, trial.batch_size, trial.seed, prepared.config.training.batching)
     for number in range(10**9):
         batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))
-        learn(prepared, batch)
+        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
         yield batch.num_triples
-
-
-def learn(prepared: Run, batch: Batch) -> None:
-    """Leave the gradient of a step of kalm in the encoder."""
-    joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
 
 
 def share(trial: Trial, outcome: Outcome) -> float:

@@ -40,6 +40,8 @@ VARIANTS: dict[str, Settings] = {
     "no-margin": {"objective.margin": 0.0},
     "self-negatives-among": {"objective.self_negatives": "among"},
     "no-self-negatives": {"objective.self_negatives": "none"},
+    "directions-together": {"training.directions": "together"},
+    "directions-apart": {"training.directions": "apart"},
     "query-view": {"objective.views": "query"},
     "candidate-view": {"objective.views": "candidate"},
     "mean-pooling": {"text.pooling": "mean"},

@@ -248,7 +248,16 @@ def batch_builder(run: Run) -> BatchBuilder:
         own_texts=run.own_texts,
         own_tokens=objective.kl_tokens,
         masks_own_heads=objective.self_negatives != "among",
+        adds_inverses=not run.config.training.draws_directions_apart,
     )
+
+
+def triple_order(run: Run) -> TripleOrder:
+    """Return which training triples each step of a run learns from."""
+    training, seed = run.config.training, run.config.seed
+    if training.draws_directions_apart:
+        return TripleOrder(run.graph.both_directions("train"), 2 * training.batch_size, seed, training.batching)
+    return TripleOrder(run.graph.triples("train"), training.batch_size, seed, training.batching)
 
 
 def _maybe_compile(run: Run, trainer: Trainer) -> None:
@@ -294,7 +303,7 @@ def _trainer(run: Run, watch: Callable[[StepReport], None] | None) -> Trainer:
     return Trainer(
         run.encoder,
         batch_builder(run),
-        TripleOrder(graph.triples("train"), config.training.batch_size, config.seed, config.training.batching),
+        triple_order(run),
         config,
         run.path,
         save_best=lambda progress: run.save_aligned(step=progress.step, valid_mrr=progress.best_mrr),

@@ -57,7 +57,7 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
     return _build(read_settings(file, problems) if file is not None else [], overrides, defaults, problems)
 
 
-BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}}
+BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}, "training": {"directions": "together"}}
 """What a run whose settings do not name it was trained with."""
 RETIRED = {"objective.self_negative_weight"}
 """Settings of earlier versions of which nothing depends any more."""

@@ -11,6 +11,9 @@ from pykalm.memory import parse_size
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 
+SMALL_STEP = 16
+"""Triples of a step up to which its two directions are drawn apart (docs/results.md, "Is what is learned as good?")."""
+
 
 class Settings(BaseModel):
     """Hold what all sections share: frozen, unknown keys refused, only finite numbers."""
@@ -121,6 +124,12 @@ class TrainingSettings(Settings):
     epochs: float = Field(10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20).")
     max_steps: Positive | None = Field(None, description="Ends training after so many optimiser steps, if sooner.")
     batch_size: Positive = Field(128, description="Triples per step; both directions of each are trained.")
+    directions: Literal["auto", "together", "apart"] = Field(
+        "auto",
+        description="Whether the two directions of a triple share a step, and so their texts (`together`), or each is drawn for"
+        " itself, twice as many to a step (`apart`, as in the paper; random batching only): small steps learn more from that,"
+        f" and cost up to twice as much where texts are long. `auto` takes them apart in random steps of up to {SMALL_STEP}.",
+    )
     batching: Literal["random", "neighbourhood"] = Field(
         "random",
         description="Which triples share a step: drawn at random, or connected pieces of the graph, whose texts share more"
@@ -194,6 +203,22 @@ class TrainingSettings(Settings):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="Where metrics go besides metrics.jsonl; needs `pip install -e '.[tracking]'`."
     )
+
+    @property
+    def draws_directions_apart(self) -> bool:
+        """Return whether a step holds directed triples drawn each for itself, by `directions`."""
+        is_small = self.batching == "random" and self.batch_size <= SMALL_STEP
+        return self.directions == "apart" or (self.directions == "auto" and is_small)
+
+    @model_validator(mode="after")
+    def check_neighbours_stay_together(self) -> Self:
+        """Refuse neighbourhoods of directed triples: they grow by triples."""
+        if self.directions == "apart" and self.batching == "neighbourhood":
+            raise ValueError(
+                "wanted training.batching=random where training.directions is apart; found neighbourhood. Neighbourhoods hold"
+                " both directions of a triple"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_a_row_fits_a_chunk(self) -> Self:

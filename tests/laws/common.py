@@ -87,15 +87,16 @@ def build_batch(
     explicit: bool = True,
     own: int = 0,
     masks_own_heads: bool = True,
+    adds_inverses: bool = True,
 ) -> Batch:
     """Return the batch of the graph's training triples, or of others, in one trie; every triple completed by default.
 
-    own: so many of the three tiny_own_texts are in it.
+    own: so many of the three tiny_own_texts are in it; adds_inverses: False where the triples are directed ones.
     """
     graph = verbalizer.graph
     builder = BatchBuilder(
         graph, verbalizer, known_answers(graph, ["train"]), encoder.lay_out, explicit=explicit, completion_share=share,
-        own_texts=tiny_own_texts(), own_tokens=own * OWN_LENGTH, masks_own_heads=masks_own_heads,
+        own_texts=tiny_own_texts(), own_tokens=own * OWN_LENGTH, masks_own_heads=masks_own_heads, adds_inverses=adds_inverses,
     )  # fmt: skip
     chosen = graph.triples("train") if triples is None else np.asarray(triples)
     return builder.build(chosen, np.random.default_rng(3))

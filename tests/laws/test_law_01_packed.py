@@ -40,15 +40,17 @@ def read_alone(encoder: Encoder, text: np.ndarray) -> Tensor:
 
 def loss_by_loops(
     encoder: Encoder, verbalizer: Verbalizer, completed: list[tuple[int, int, int]], triples: IntArray | None = None,
-    *, self_negatives: str = "capped",
+    *, self_negatives: str = "capped", adds_inverses: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Write METHOD.md §2–4 down in loops over the training triples, or those of a batch, both directions, with λ = 1.
+    """Write METHOD.md §2–4 down in loops over the training triples, or those of a batch, with λ = 1.
 
-    self_negatives: as in the settings.
+    self_negatives: as in the settings; adds_inverses: False where the triples are directed ones.
     """
     graph = verbalizer.graph
     train = graph.triples("train")
-    rows, every = (both_ways(some, graph.num_relations) for some in (train if triples is None else triples, train))
+    chosen = train if triples is None else triples
+    rows, every = (both_ways(some, graph.num_relations) for some in (chosen, train))
+    rows = rows if adds_inverses else rows[: len(chosen)]
     known, τ, γ = set(every), torch.exp(-encoder.log_inverse_temperature), 0.02
     query = {(h, r): read_alone(encoder, verbalizer.query(h, r)) for h, r, _ in rows}
     entities = sorted({h for h, _, _ in rows} | {t for _, _, t in rows})
@@ -87,14 +89,14 @@ def both_ways(triples: IntArray, num_relations: int) -> list[tuple[int, int, int
 
 
 def completed_triples(
-    encoder: Encoder, verbalizer: Verbalizer, triples: IntArray | None = None
+    encoder: Encoder, verbalizer: Verbalizer, triples: IntArray | None = None, *, adds_inverses: bool = True
 ) -> list[tuple[int, int, int]]:
     """Return the triples whose completions `build_batch` draws, found by drawing them again."""
     drawn: list[tuple[int, int, int]] = []
     original = verbalizer.completions
     with mock.patch.object(verbalizer, "completions") as spied:
         spied.side_effect = lambda *columns: drawn.extend(zip(*columns, strict=True)) or original(*columns)
-        build_batch(encoder, verbalizer, triples)
+        build_batch(encoder, verbalizer, triples, adds_inverses=adds_inverses)
     return [(int(head), int(relation), int(tail)) for head, relation, tail in drawn]
 
 
@@ -107,11 +109,14 @@ def require_loops(
     *,
     what: tuple[str, ...],
     self_negatives: str = "capped",
+    adds_inverses: bool = True,
 ) -> None:
     """Require the loss of a packed step, and every gradient, to be those of the loops over separate passes."""
     encoder.zero_grad()
-    completed = completed_triples(encoder, verbalizer, triples)
-    expected = loss_by_loops(encoder, verbalizer, completed, triples, self_negatives=self_negatives)
+    completed = completed_triples(encoder, verbalizer, triples, adds_inverses=adds_inverses)
+    expected = loss_by_loops(
+        encoder, verbalizer, completed, triples, self_negatives=self_negatives, adds_inverses=adds_inverses
+    )
     expected.backward()
     assert abs(loss.total - float(expected.detach())) < 2e-5, (*what, loss.total, float(expected))
     difference = largest_difference(packed, copied_gradients(encoder))
@@ -125,6 +130,17 @@ def test_packed_trie_equals_separate_passes() -> None:
             encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph(), template=template)
             loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
             require_loops(encoder, verbalizer, loss, packed, what=(family, template))
+
+
+def test_directed_triples_are_learned_in_their_direction_alone() -> None:
+    """Half of the directed triples, some in both directions; known ones are masked all the same."""
+    encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
+    directed = np.random.default_rng(2).permutation(verbalizer.graph.both_directions("train"))[:6]
+    assert 0 < (directed[:, 1] >= verbalizer.graph.num_relations).sum() < 6
+    batch = build_batch(encoder, verbalizer, directed, adds_inverses=False)
+    assert (len(batch.positives), batch.num_triples) == (6, 3)
+    loss, packed = gradients(encoder, batch)
+    require_loops(encoder, verbalizer, loss, packed, directed, what=("directed",), adds_inverses=False)
 
 
 def test_own_heads_count_as_the_settings_say() -> None:
@@ -327,6 +343,18 @@ def subtree_ends_one_late() -> AbstractContextManager[None]:
     return replaced(attention, "visible", lambda ends, depths, window=None: right(ends + 1, depths, window))
 
 
+def directed_triples_are_learned_both_ways() -> AbstractContextManager[None]:
+    """Add the inverse of every triple, also where each direction is drawn for itself."""
+    right = batches.BatchBuilder.build
+
+    def wrong(self: batches.BatchBuilder, triples: IntArray, generator: np.random.Generator) -> batches.Batch:
+        (heads, relations, tails), num_relations = triples.T, self.graph.num_relations
+        inverse = np.stack([tails, (relations + num_relations) % (2 * num_relations), heads], axis=1)
+        return right(self, triples if self.adds_inverses else np.concatenate([triples, inverse]), generator)
+
+    return replaced(batches.BatchBuilder, "build", wrong)
+
+
 def vectors_come_from_the_next_row() -> AbstractContextManager[None]:
     """Take what keys and values attention reads from one row too far; queries, and what goes back, are right."""
     right = unpadded._places
@@ -383,4 +411,6 @@ for name, broken in {
     "gradients go back to the next head": gradients_go_back_to_the_next_head,
 }.items():
     BREAKS[name], CHECKS[name] = broken, "test_rows_end_to_end_give_what_separate_passes_give"
+BREAKS["directed triples are learned both ways"] = directed_triples_are_learned_both_ways
+CHECKS["directed triples are learned both ways"] = "test_directed_triples_are_learned_in_their_direction_alone"
 CHECKS["attention forgets its scale"] = "test_attention_by_matrix_products_gives_what_separate_passes_give"

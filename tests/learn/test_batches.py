@@ -1,12 +1,18 @@
 """Claims about batches: which triples a step sees, in which order, what is completed and what is known."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pykalm import api
+from pykalm.config import Config, load_config
+from pykalm.errors import ConfigError
+from pykalm.graph.graph import both_directions
 from pykalm.graph.known import known_answers
-from pykalm.learn.batches import BatchBuilder, TripleOrder, inverse
+from pykalm.learn.batches import BatchBuilder, TripleOrder
+from pykalm.model.run import Run
 from pykalm.text.trie import IntArray
 from tests.laws.common import build_batch, tiny_encoder, tiny_graph, tiny_verbalizer
 
@@ -42,8 +48,49 @@ def test_the_order_is_a_function_of_seed_and_step_and_changes_each_epoch() -> No
     assert len({tuple(epoch(number, seed)) for number in range(3) for seed in range(3)}) == 9
 
 
+@pytest.mark.parametrize(
+    ("training", "apart"),
+    [
+        ({"batch_size": 4}, True),
+        ({"batch_size": 16}, True),
+        ({"batch_size": 17}, False),
+        ({"batch_size": 4, "directions": "together"}, False),
+        ({"batch_size": 128, "directions": "apart"}, True),
+        ({"batch_size": 4, "batching": "neighbourhood"}, False),
+    ],
+)
+def test_an_epoch_sees_both_directions_of_every_triple_once(training: dict[str, object], apart: bool) -> None:
+    """Drawn apart, as in small steps, or together; as many examples to a step either way."""
+    graph = tiny_graph()
+    config = Config.model_validate({"graph": "people", "training": training})
+    run = Run(Path("nowhere"), config, graph, tiny_encoder(), tiny_verbalizer(graph))
+    order, builder = api.triple_order(run), api.batch_builder(run)
+    assert config.training.draws_directions_apart is apart
+    assert order.steps_per_epoch == -(-6 // config.training.batch_size)
+    seen = []
+    for step in range(order.steps_per_epoch):
+        triples = order.at(step)
+        batch = builder.build(triples, np.random.default_rng(step))
+        assert batch.num_triples == min(config.training.batch_size, 6 - step * config.training.batch_size)
+        seen += rows(triples if apart else both_directions(triples, graph.num_relations))
+    assert sorted(seen) == sorted(rows(graph.both_directions("train")))
+
+
+def test_directed_triples_are_completed_as_often_as_others() -> None:
+    directed = tiny_graph().both_directions("train")
+    apart = dataclasses.replace(builder(0.5), adds_inverses=False)
+    drawn = [rows(apart._draw_completions(directed, np.random.default_rng(seed))) for seed in range(20)]
+    assert {len(set(completed)) for completed in drawn} == {3}
+    assert set().union(*drawn) == set(rows(directed))
+
+
+def test_neighbourhoods_of_directed_triples_are_refused() -> None:
+    with pytest.raises(ConfigError, match="directions is apart; found neighbourhood"):
+        load_config(graph="umls", training={"batching": "neighbourhood", "directions": "apart"})
+
+
 def test_inverse_rows_are_told_from_forward_ones() -> None:
-    assert rows(inverse(np.array([[5, 1, 7], [2, 0, 2]]), num_relations=3)) == [(7, 4, 5), (2, 3, 2)]
+    assert rows(both_directions(np.array([[5, 1, 7], [2, 0, 2]]), num_relations=3)[2:]) == [(7, 4, 5), (2, 3, 2)]
 
 
 def builder(share: float, *, explicit: bool = True) -> BatchBuilder:
@@ -59,7 +106,7 @@ def test_completions_are_drawn_from_the_batch_each_triple_at_most_once(share: fl
     """Six triples; in some draw each direction occurs, and never both of one triple."""
     graph = tiny_graph()
     triples = graph.triples("train")
-    directed = np.concatenate([triples, inverse(triples, 2)])
+    directed = both_directions(triples, 2)
     directions = set()
     for seed in range(20):
         drawn = builder(share)._draw_completions(directed, np.random.default_rng(seed))

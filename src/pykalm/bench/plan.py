@@ -147,7 +147,10 @@ class Workshop:
 
 
 def _config(plan: Plan, graph: str, batch_size: int) -> Config:
-    training = TrainingSettings.model_validate({"batch_size": batch_size, "device": plan.device})
+    # Together, as in large steps: what is measured must not depend on how small a trial run's steps are.
+    training = TrainingSettings.model_validate(
+        {"batch_size": batch_size, "directions": "together", "device": plan.device}
+    )
     return Config(
         graph=graph, model=plan.model, seed=plan.seed, adapter=ADAPTER, objective=OBJECTIVE, training=training
     )

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from pykalm.graph.graph import KnowledgeGraph
+from pykalm.graph.graph import KnowledgeGraph, both_directions
 from pykalm.graph.known import KnownAnswers
 from pykalm.learn.orders import ORDERS
 from pykalm.model.own_texts import OwnTexts
@@ -46,8 +46,9 @@ class Batch:
 class TripleOrder:
     """Say which training triples step k learns from: every one once an epoch, a function of seed and step alone.
 
-    triples (N, 3); batching: a name of ORDERS. The last batch of an epoch may be short. Nothing to save: a resumed run
-    asks for its step. Batches are made when they are asked for, and kept until another epoch is.
+    triples (N, 3), directed ones where the two directions of a triple are drawn apart; batching: a name of ORDERS. The last
+    batch of an epoch may be short. Nothing to save: a resumed run asks for its step. Batches are made when they are asked
+    for, and kept until another epoch is.
     """
 
     triples: IntArray
@@ -76,11 +77,12 @@ class TripleOrder:
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Build batches of a graph: both directions of every triple, every distinct entity a candidate. METHOD.md §2, §6.
+    """Build batches of a graph: every distinct entity of the triples a candidate. METHOD.md §2, §6.
 
     completion_share: share of the triples (each in one direction, drawn by seed) whose completion is trained; 0 for none.
     lay_out: texts to trie, as the encoder wants it; own_texts: those of the base model, own_tokens of them (in whole texts)
-    in every batch; masks_own_heads: whether a query's own head is no negative among the others.
+    in every batch; masks_own_heads: whether a query's own head is no negative among the others; adds_inverses:
+    whether triples are learned in both directions, else they are directed already, each drawn for itself.
     """
 
     graph: KnowledgeGraph
@@ -92,14 +94,12 @@ class BatchBuilder:
     own_texts: OwnTexts = field(default_factory=OwnTexts.none)
     own_tokens: int = 0
     masks_own_heads: bool = True
+    adds_inverses: bool = True
 
     def build(self, triples: IntArray, generator: np.random.Generator) -> Batch:
-        """Return the batch of triples (N, 3), relations in [0, R)."""
-        directed = np.concatenate([triples, inverse(triples, self.graph.num_relations)])
-        return self.build_directed(directed, self._draw_completions(directed, generator), generator)
-
-    def build_directed(self, directed: IntArray, completed: IntArray, generator: np.random.Generator) -> Batch:
-        """Return the batch of directed triples (N, 3), relations in [0, 2R); completed (M, 3): those that are completed."""
+        """Return the batch of triples (N, 3), relations in [0, R), or in [0, 2R) where no inverses are added."""
+        directed = both_directions(triples, self.graph.num_relations) if self.adds_inverses else triples
+        completed = self._draw_completions(directed, generator)
         heads, relations, query_of = _distinct_pairs(directed[:, :2])
         entities = np.unique(directed[:, [0, 2]])
         tail_of = np.searchsorted(entities, directed[:, 2])
@@ -130,11 +130,13 @@ class BatchBuilder:
         )  # fmt: skip
 
     def _draw_completions(self, directed: IntArray, generator: np.random.Generator) -> IntArray:
-        """Draw the triples whose completion is trained, each in one of its directions."""
+        """Draw the triples whose completion is trained: of two directions that are learned together, one."""
         half = len(directed) // 2
-        count = round(half * self.completion_share) if self.completion_share else 0
-        count = max(count, 1) if self.completion_share else 0
-        rows = generator.choice(half, size=count, replace=False) + half * generator.integers(0, 2, size=count)
+        count = max(round(half * self.completion_share), 1) if self.completion_share else 0
+        if self.adds_inverses:
+            rows = generator.choice(half, size=count, replace=False) + half * generator.integers(0, 2, size=count)
+        else:
+            rows = generator.choice(len(directed), size=count, replace=False)
         chosen: IntArray = directed[rows]
         return chosen
 
@@ -144,11 +146,6 @@ class BatchBuilder:
         return (
             generator.choice(len(self.own_texts), size=wanted, replace=False) if wanted else np.zeros(0, dtype=np.int64)
         )
-
-
-def inverse(triples: IntArray, num_relations: int) -> IntArray:
-    """Return (t, r⁻¹, h) for every row (h, r, t); r⁻¹ is r + R."""
-    return np.stack([triples[:, 2], triples[:, 1] + num_relations, triples[:, 0]], axis=1)
 
 
 def _distinct_pairs(pairs: IntArray) -> tuple[IntArray, IntArray, IntArray]:

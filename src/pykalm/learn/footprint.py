@@ -106,14 +106,14 @@ def fit_budget(footprint: Footprint, budget: int, *, device: torch.device) -> Fi
 def measure_footprint(encoder: Encoder, builder: BatchBuilder, triples: IntArray, *, batch_size: int) -> Footprint:
     """Measure what training takes, on rows of the given triples' texts in train mode; leaves no gradient and no trace.
 
-    batch_size: triples of a step, each in both directions, which bound the queries and candidates of its loss.
+    batch_size: triples of a step, or half its directed ones, which bound the queries and candidates of its loss.
     """
     device, learned = encoder.device, list(encoder.trainable().values())
     moments = OPTIMIZER_BYTES * sum(weight.numel() for weight in learned)
     gradients = sum(weight.numel() * weight.element_size() for weight in learned)
     trie = _some_rows(encoder, builder, triples)
     queries = 2 * batch_size
-    candidates = min(queries, builder.graph.num_entities)
+    candidates = min(queries if builder.adds_inverses else 2 * queries, builder.graph.num_entities)
     was_training = encoder.training
     cuda = [device] if device.type == "cuda" else []
     # What is compiled hides its tensors from the count on a CPU; a GPU counts by itself, and FlexAttention needs it there.

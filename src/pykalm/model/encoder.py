@@ -128,7 +128,9 @@ class Encoder(nn.Module):
     @property
     def computes_again(self) -> bool:
         """Return whether the backward pass computes layers again, with the numbers that dropout drew."""
-        return self.training and bool(getattr(self.causal_lm, "is_gradient_checkpointing", False))
+        return self.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.causal_lm.modules()
+        )
 
     def _moves_what_is_shared(self) -> bool:
         """Return whether passes in the present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
