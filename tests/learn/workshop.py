@@ -17,7 +17,8 @@ from pykalm.learn.state import read_metrics
 
 SETTINGS: dict[str, Any] = {
     "training.device": "cpu", "training.precision": "fp32", "training.batch_size": 6, "training.save_every": 1,
-    "training.directions": "together", "training.learning_rate": 0.01, "training.row_tokens": 128, "adapter.rank": 4, "adapter.dropout": 0.1,
+    "training.directions": "together",
+    "training.learning_rate": 0.01, "training.row_tokens": 128, "adapter.rank": 4, "adapter.dropout": 0.1,
 }  # fmt: skip
 
 # Children fork from a server that has imported everything, so that a process costs a tenth of a second, not four.
