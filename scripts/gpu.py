@@ -15,14 +15,13 @@ import torch
 import yaml
 
 import pykalm
-from pykalm.api import batch_builder
+from pykalm.api import batch_builder, triple_order
 from pykalm.bench.flops import model_cost, useful_flops
 from pykalm.bench.machine import matmul_peak
 from pykalm.cli import watch_training
 from pykalm.config import parse_overrides
 from pykalm.errors import ConfigError, KalmError
 from pykalm.evaluate.links import LinkPredictionReport
-from pykalm.learn.batches import TripleOrder
 from pykalm.learn.state import read_metrics
 from pykalm.model.run import Run
 from pykalm.terminal import say, show_progress
@@ -139,9 +138,7 @@ Settings: `{json.dumps(settings)}`
 
 def utilisation(run: Run, examples_per_second: float) -> float:
     """Return the useful operations per second of training over those of the fastest matrix product of this device."""
-    training = run.config.training
-    order = TripleOrder(run.graph.triples("train"), training.batch_size, run.config.seed, training.batching)
-    batch = batch_builder(run).build(order.at(0), np.random.default_rng(0))
+    batch = batch_builder(run).build(triple_order(run).at(0), np.random.default_rng(0))
     flops = useful_flops(model_cost(run.encoder), batch) * examples_per_second / batch.num_triples
     return flops / matmul_peak(run.encoder.device, width=run.encoder.width)
 

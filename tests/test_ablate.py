@@ -141,9 +141,25 @@ def test_a_split_that_the_graph_lacks_is_said_before_training(given: dict[str, A
 def test_every_named_variant_is_a_setting_and_the_default_leaves_out_what_changes_nothing() -> None:
     reference = load_config(None, [], graph="world")
     chosen = ablate._choose(None, reference)
-    assert set(VARIANTS) - set(chosen) == {"prefix-sharing-template", "with-descriptions", "kl"}
+    assert set(VARIANTS) - set(chosen) == {
+        "prefix-sharing-template", "with-descriptions", "kl", "directions-together",
+    }  # fmt: skip
     names_only = load_config(None, ["text.descriptions=false"], graph="world")
-    assert set(VARIANTS) - set(ablate._choose(None, names_only)) == {"prefix-sharing-template", "names-only", "kl"}
+    assert set(VARIANTS) - set(ablate._choose(None, names_only)) == {
+        "prefix-sharing-template", "names-only", "kl", "directions-together",
+    }  # fmt: skip
+    small = load_config(None, ["training.batch_size=8"], graph="world")
+    assert "directions-together" in ablate._choose(None, small)
+    assert "directions-apart" not in ablate._choose(None, small)
+
+
+def test_neighbourhoods_are_swept_without_what_they_cannot_be() -> None:
+    reference = load_config(None, ["training.batching=neighbourhood"], graph="world")
+    chosen = ablate._choose(None, reference)
+    assert "self-negatives-among" in chosen
+    assert not {"directions-apart", "directions-together"} & set(chosen)
+    with pytest.raises(ConfigError, match="directions is apart; found neighbourhood"):
+        ablate._choose(["reference", "directions-apart"], reference)
 
 
 def test_variants_of_ones_own_are_taken_by_name() -> None:

@@ -4,6 +4,7 @@ OUT/VARIANT/seed-N is a run folder like any other; OUT/ablation.json holds what 
 trained again, so a stopped sweep goes on where it was, and variants and seeds may be added.
 """
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from pykalm.api import evaluate_links, train
 from pykalm.config import Config
-from pykalm.errors import UsageError
+from pykalm.errors import ConfigError, UsageError
 from pykalm.evaluate.bootstrap import METRICS
 from pykalm.evaluate.completion_loss import completion_loss
 from pykalm.evaluate.links import choose_triples
@@ -104,10 +105,15 @@ def _choose(variants: Sequence[str] | Mapping[str, Settings] | None, reference: 
     """Return the settings that each variant changes; raises UsageError for a name that is unknown or changes nothing."""
 
     def changes(settings: Settings) -> bool:
-        return resolve_settings(reference, settings, None, is_loaded=False) != reference
+        return resolve_settings(reference, settings, None, is_loaded=False).settled() != reference.settled()
+
+    def can_change(settings: Settings) -> bool:
+        with contextlib.suppress(ConfigError):  # neighbourhoods cannot be drawn apart
+            return changes(settings)
+        return False
 
     if variants is None:
-        return {name: settings for name, settings in VARIANTS.items() if not settings or changes(settings)}
+        return {name: settings for name, settings in VARIANTS.items() if not settings or can_change(settings)}
     if not isinstance(variants, Mapping):
         if unknown := [name for name in variants if name not in VARIANTS]:
             raise UsageError(f"variants: wanted some of {', '.join(VARIANTS)}; found {', '.join(unknown)}.")

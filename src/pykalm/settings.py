@@ -85,7 +85,7 @@ class ObjectiveSettings(Settings):
         0.25,
         gt=0,
         le=1,
-        description="Share of a batch's triples whose completion is trained (paper: 4 of 24).",
+        description="Share of a batch's triples whose completion is trained, in one direction each (paper: 4 of 24).",
     )
     kl_weight: float = Field(
         1.0,
@@ -123,12 +123,16 @@ class TrainingSettings(Settings):
 
     epochs: float = Field(10, gt=0, description="Passes over the training triples; a fraction is allowed (paper: 20).")
     max_steps: Positive | None = Field(None, description="Ends training after so many optimiser steps, if sooner.")
-    batch_size: Positive = Field(128, description="Triples per step; both directions of each are trained.")
+    batch_size: Positive = Field(
+        128,
+        description="Triples per step, each learned in both directions, or twice as many directed ones (directions).",
+    )
     directions: Literal["auto", "together", "apart"] = Field(
         "auto",
         description="Whether the two directions of a triple share a step, and so their texts (`together`), or each is drawn for"
-        " itself, twice as many to a step (`apart`, as in the paper; random batching only): small steps learn more from that,"
-        f" and cost up to twice as much where texts are long. `auto` takes them apart in random steps of up to {SMALL_STEP}.",
+        " itself, as in the paper (`apart`; random batching only): small steps learn more from that, and cost up to twice as"
+        f" much where texts are long. `auto` takes them apart in random steps of up to {SMALL_STEP} triples; what it chose is"
+        " kept with the run.",
     )
     batching: Literal["random", "neighbourhood"] = Field(
         "random",
@@ -215,8 +219,8 @@ class TrainingSettings(Settings):
         """Refuse neighbourhoods of directed triples: they grow by triples."""
         if self.directions == "apart" and self.batching == "neighbourhood":
             raise ValueError(
-                "wanted training.batching=random where training.directions is apart; found neighbourhood. Neighbourhoods hold"
-                " both directions of a triple"
+                "wanted training.batching=random where training.directions is apart; found neighbourhood. Take random batches,"
+                " or leave the directions at auto: neighbourhoods hold both"
             )
         return self
 
@@ -256,6 +260,11 @@ class Config(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    def settled(self) -> Self:
+        """Return the same settings with `training.directions` as what `auto` means for them."""
+        directions = "apart" if self.training.draws_directions_apart else "together"
+        return self.model_copy(update={"training": self.training.model_copy(update={"directions": directions})})
 
     def to_yaml(self) -> str:
         """Write every setting, defaults included, in the order of this file."""

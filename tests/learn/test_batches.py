@@ -76,6 +76,22 @@ def test_an_epoch_sees_both_directions_of_every_triple_once(training: dict[str, 
     assert sorted(seen) == sorted(rows(graph.both_directions("train")))
 
 
+def test_directions_that_are_drawn_apart_seldom_meet() -> None:
+    """Of 200 triples in steps of 10 a triple meets its inverse in one of 20 steps, by chance."""
+    chain = numbered(200)
+    graph = dataclasses.replace(
+        tiny_graph(), splits={"train": chain}, entity_ids=tuple(map(str, range(201))),
+        entity_names=tuple(map(str, range(201))), entity_descriptions=("",) * 201,
+    )  # fmt: skip
+    config = Config.model_validate({"graph": "people", "training": {"batch_size": 10}})
+    order = api.triple_order(Run(Path("nowhere"), config, graph, tiny_encoder(), tiny_verbalizer(graph)))
+    met = 0
+    for step in range(order.steps_per_epoch):
+        heads, _, tails = order.at(step).T
+        met += len(heads) - len({frozenset(pair) for pair in zip(heads.tolist(), tails.tolist(), strict=True)})
+    assert met < 40  # 10 are expected, 200 where both always share a step
+
+
 def test_directed_triples_are_completed_as_often_as_others() -> None:
     directed = tiny_graph().both_directions("train")
     apart = dataclasses.replace(builder(0.5), adds_inverses=False)

@@ -109,6 +109,18 @@ def test_the_prediction_is_what_a_step_takes(family: str, reads_unpadded: bool) 
     assert 0.9 * found - beside <= predicted <= 1.1 * found + beside
 
 
+def test_directions_drawn_apart_bring_twice_as_many_candidates() -> None:
+    """One triple has two entities, its two directed ones of a step, drawn each for itself, have up to four."""
+    encoder = tiny_encoder()
+    together = builder_of(encoder)
+    triples = together.graph.triples("train")
+    pairs = [
+        measure_footprint(encoder, builder, triples, batch_size=1).similarity
+        for builder in (together, dataclasses.replace(together, adds_inverses=False))
+    ]
+    assert pairs[1] == pytest.approx(2 * pairs[0], abs=1)  # whole bytes
+
+
 def test_a_token_of_rows_end_to_end_is_one_that_is_computed() -> None:
     """Rows of 64 tokens, of which few are full: counted with their padding, a token would take a fifth less."""
     encoder = tiny_encoder(row_tokens=64).train()

@@ -126,7 +126,7 @@ class Workshop:
         return {}
 
     def run(self, graph: str) -> Run:
-        """Return what `kalm train` would train, with the shared model; nothing is written."""
+        """Return what `kalm train` would train in its large steps, with the shared model; nothing is written."""
         # Another run may have left its choice there; the start check compares with what the model itself does.
         self.language_model.model.set_attn_implementation(self.own_attention)
         config = _config(self.plan, graph, self.batch_size)

@@ -79,10 +79,11 @@ class TripleOrder:
 class BatchBuilder:
     """Build batches of a graph: every distinct entity of the triples a candidate. METHOD.md §2, §6.
 
-    completion_share: share of the triples (each in one direction, drawn by seed) whose completion is trained; 0 for none.
+    completion_share: share of the triples whose completion is trained, each in one direction, drawn by seed; 0 for none.
     lay_out: texts to trie, as the encoder wants it; own_texts: those of the base model, own_tokens of them (in whole texts)
     in every batch; masks_own_heads: whether a query's own head is no negative among the others; adds_inverses:
-    whether triples are learned in both directions, else they are directed already, each drawn for itself.
+    whether triples are learned in both directions, else they are directed already, each drawn for itself, and so are
+    completions, half that share of them.
     """
 
     graph: KnowledgeGraph

@@ -102,6 +102,7 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
             "with --resume."
         )
     graph.require_trainable()
+    config = config.settled()
     with explained_memory(MEMORY_REMEDY):
         language_model = load_base(config)
     own_texts = _own_texts(config, language_model)  # before there is an adapter
