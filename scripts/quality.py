@@ -202,10 +202,10 @@ def train(trial: Trial, prepared: Run) -> Outcome:
 
 def steps(trial: Trial, prepared: Run) -> Iterator[float]:
     """Leave the gradient of step after step in the encoder; yield the triples, in both directions, of each."""
+    learned = learned_graph(trial, prepared.graph)
     if trial.system == PUBLISHED:
-        return published_steps(trial, prepared, learned_graph(trial, prepared.graph))
-    learned = replace(prepared, graph=learned_graph(trial, prepared.graph))
-    return own_steps(trial, prepared, triple_order(learned))
+        return published_steps(trial, prepared, learned)
+    return own_steps(trial, prepared, triple_order(replace(prepared, graph=learned)))
 
 
 def learned_graph(trial: Trial, graph: KnowledgeGraph) -> KnowledgeGraph:

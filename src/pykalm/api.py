@@ -228,7 +228,7 @@ def _with_passes_for(budget: int, run: Run) -> Run:
 
 def _keep(run: Run, **chosen: Any) -> Run:
     """Write down with a run what was chosen for it, by key of `training`; returns the run with it."""
-    config = run.config.model_copy(update={"training": run.config.training.model_copy(update=chosen)})
+    config = run.config.with_training(**chosen)
     on_main(
         lambda: replace_file(run.path / "config.yaml", lambda file: file.write_text(config.to_yaml(), encoding="utf-8"))
     )

@@ -44,7 +44,7 @@ def resolve_settings(
     if wanted.training.memory is not None and wanted.training.memory == saved.training.memory:
         chosen += ["memory_tokens", "chunk_tokens"]
     kept = {key: getattr(saved.training, key) for key in chosen}
-    wanted = wanted.model_copy(update={"training": wanted.training.model_copy(update=kept)}).settled()
+    wanted = wanted.with_training(**kept).settled()
     before, after = _flat(saved.settled().model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and key not in FREE]
     if changed:

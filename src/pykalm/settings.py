@@ -1,6 +1,6 @@
 """The settings of a run: one frozen pydantic model per section, with bounds and meanings."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -263,8 +263,11 @@ class Config(Settings):
 
     def settled(self) -> Self:
         """Return the same settings with `training.directions` as what `auto` means for them."""
-        directions = "apart" if self.training.draws_directions_apart else "together"
-        return self.model_copy(update={"training": self.training.model_copy(update={"directions": directions})})
+        return self.with_training(directions="apart" if self.training.draws_directions_apart else "together")
+
+    def with_training(self, **values: Any) -> Self:
+        """Return the same settings with other values in `training`, which are taken as they are."""
+        return self.model_copy(update={"training": self.training.model_copy(update=values)})
 
     def to_yaml(self) -> str:
         """Write every setting, defaults included, in the order of this file."""
