@@ -10,6 +10,7 @@ from pykalm.bench.plan import adapters_of_peft
 from pykalm.model.adapters import add_adapter
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import can_be_narrowed, narrowed_to
 from pykalm.text.trie import build_trie
 from tests.laws.common import build_batch, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import tiny_model
@@ -42,6 +43,21 @@ def test_the_count_is_pytorchs_but_for_unseen_tokens(family: str, targets: str) 
     square = LENGTH * LENGTH
     assert forward.get_total_flops() == LENGTH * cost.token_forward + square * cost.seen_forward
     assert backward.get_total_flops() == LENGTH * cost.token_backward + square * cost.seen_backward
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_a_token_whose_state_is_not_read_costs_less_by_what_pytorch_counts_less(family: str) -> None:
+    """Of 12 tokens two are read, forward and backward."""
+    encoder, places = adapted(family, "auto"), torch.tensor([4, LENGTH - 1])
+    cost = model_cost(encoder)
+    assert can_be_narrowed(encoder.causal_lm)
+    counts = []
+    for read in (None, places):
+        with adapters_of_peft(encoder), narrowed_to(read), FlopCounterMode(display=False) as counted:
+            states = encoder.causal_lm.base_model(input_ids=torch.arange(LENGTH)[None] + 3, use_cache=False)[0]
+            states[:, places].sum().backward()
+        counts.append(counted.get_total_flops())
+    assert counts[0] - counts[1] == (LENGTH - len(places)) * (cost.unread_forward + cost.unread_backward) > 0
 
 
 def test_the_count_does_not_depend_on_the_attention_in_use() -> None:
@@ -92,11 +108,15 @@ def test_a_batch_needs_its_distinct_prefixes_once_and_logits_where_loss_is() -> 
     prefixes = {tuple(text[: end + 1]) for text in builder_texts for end in range(len(text))}
     seen = sum(map(len, prefixes))
     logits = len(set(batch.answer_nodes.tolist()))
-    assert useful_flops(cost, batch) == cost.step(len(prefixes), seen, logits)
+    vectors = np.concatenate([batch.query_nodes, batch.candidate_nodes])
+    unread = len(prefixes) - len({*vectors.tolist(), *batch.answer_nodes.tolist()})
+    assert useful_flops(cost, batch) == cost.step(len(prefixes), seen, logits, unread)
     per_token = cost.token_forward + cost.token_backward
     per_seen = cost.seen_forward + cost.seen_backward
     per_logit = cost.logits_forward + cost.logits_backward
-    assert useful_flops(cost, batch) == len(prefixes) * per_token + seen * per_seen + logits * per_logit
+    per_unread = cost.unread_forward + cost.unread_backward
+    whole = len(prefixes) * per_token + seen * per_seen + logits * per_logit
+    assert useful_flops(cost, batch) == whole - unread * per_unread < whole
 
 
 def _texts(encoder: Encoder, verbalizer: object) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Law 1: a packed trie gives what separate passes give: embeddings, losses, gradients, in all model families."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import StepLoss
 from pykalm.model import attention, matmul_attention, packing, unpadded
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import can_be_narrowed, feed_forward
 from pykalm.model.packing import choose_passes, packed_difference
 from pykalm.text.trie import build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
@@ -183,6 +185,50 @@ def test_rows_end_to_end_give_what_separate_passes_give() -> None:
         require_loops(encoder, verbalizer, loss, packed, what=(family,))
 
 
+def test_a_last_layer_computed_where_it_is_read_gives_what_separate_passes_give() -> None:
+    """By rows of the model's own attention, and end to end where the family can be read so."""
+    for family in NARROWED:
+        for end_to_end in (False, True)[: 1 + (family in WITHOUT_PADDING)]:
+            encoder, verbalizer = tiny_encoder(family, row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
+            own, batch = encoder.attention, build_batch(encoder, verbalizer)
+            encoder.narrows = can_be_narrowed(encoder.causal_lm)
+            if end_to_end:
+                encoder.use_attention(matmul_attention.NAME)
+                encoder.reads_unpadded = True
+            encoder.chunks_at_once()  # tries two tokens
+            with tokens_of_the_last_layer(encoder) as computed:
+                loss, packed = gradients(encoder, batch)
+            read = {*batch.query_nodes.tolist(), *batch.candidate_nodes.tolist(), *batch.answer_nodes.tolist()}
+            assert sum(computed) == len(read) < 0.7 * batch.trie.num_nodes
+            encoder.narrows = False
+            encoder.use_attention(own)
+            require_loops(encoder, verbalizer, loss, packed, what=(family, str(end_to_end)))
+
+
+@contextmanager
+def tokens_of_the_last_layer(encoder: Encoder) -> Iterator[list[int]]:
+    """Note of how many tokens the feed-forward part of the last layer is computed, pass by pass."""
+    found, computed = feed_forward(encoder.causal_lm), list[int]()
+    assert found is not None
+
+    def note(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        computed.append(inputs[0].shape[-2])
+
+    handle = found[1].register_forward_hook(note)
+    yield computed
+    handle.remove()
+
+
+def test_the_start_check_lets_last_layers_be_computed_in_part() -> None:
+    """Where the feed-forward part is no module, all is computed."""
+    verbalizer, narrowed = tiny_verbalizer(tiny_graph()), set()
+    for family in FAMILIES:
+        encoder = tiny_encoder(family)
+        choose_passes(encoder, verbalizer)
+        narrowed |= {family} if encoder.narrows else set()
+    assert set(NARROWED) == narrowed
+
+
 def test_rows_end_to_end_are_no_other_bits_than_padded_rows() -> None:
     """In bfloat16 too: a product of more rows rounds each as before, and what padding sees is seen by padding alone."""
     encoder, verbalizer = tiny_encoder(precision="bf16", row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
@@ -209,6 +255,9 @@ def test_most_families_take_the_faster_attention() -> None:
 
 WITHOUT_PADDING = ("llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi")
 """Families that hand on to their attention what a pass is called with, and so read rows end to end."""
+
+NARROWED = tuple(family for family in FAMILIES if family not in ("opt", "mamba"))
+"""Families whose layers have their feed-forward part in a module."""
 
 # ada knows all others and four know her: a hub of nine triples of fourteen, with five tails of one query.
 HUB = [*((0, 0, other) for other in range(1, 6)), *((other, 1, 0) for other in range(1, 5)),
@@ -398,6 +447,16 @@ def own_heads_are_the_next_candidate() -> AbstractContextManager[None]:
     return replaced(batches, "_distinct_texts", wrong)
 
 
+def only_the_ends_of_texts_are_wanted() -> AbstractContextManager[None]:
+    """Leave the last layer out where completions are scored."""
+    return replaced(Encoder, "wanted", lambda self, ends, *others: np.unique(ends))
+
+
+def the_last_layer_gives_back_the_wrong_tokens() -> AbstractContextManager[None]:
+    """Read rows end to end, and take places in padded rows for places there."""
+    return replaced(unpadded, "places_of", lambda group, places: np.minimum(places, (group.nodes >= 0).sum() - 1))
+
+
 BREAKS = {
     "siblings see each other": siblings_see_each_other,
     "the window counts places in the row": window_counts_places_in_the_row,
@@ -411,6 +470,12 @@ for name, broken in {
     "gradients go back to the next head": gradients_go_back_to_the_next_head,
 }.items():
     BREAKS[name], CHECKS[name] = broken, "test_rows_end_to_end_give_what_separate_passes_give"
+for name, broken in {
+    "only the ends of texts are wanted": only_the_ends_of_texts_are_wanted,
+    "the last layer gives back the wrong tokens": the_last_layer_gives_back_the_wrong_tokens,
+}.items():
+    BREAKS[name] = broken
+    CHECKS[name] = "test_a_last_layer_computed_where_it_is_read_gives_what_separate_passes_give"
 BREAKS["directed triples are learned both ways"] = directed_triples_are_learned_both_ways
 CHECKS["directed triples are learned both ways"] = "test_directed_triples_are_learned_in_their_direction_alone"
 CHECKS["attention forgets its scale"] = "test_attention_by_matrix_products_gives_what_separate_passes_give"

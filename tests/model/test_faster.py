@@ -247,7 +247,7 @@ def test_what_is_kept_compiled_is_kept_under_the_sources_of_all_our_operations(
 ) -> None:
     """PyTorch looks into none of them, and would call a new version as it called the old one."""
     package = Path(compiled.__file__).parents[1]
-    with_operations = {file for file in package.rglob("*.py") if "custom_op(" in file.read_text(encoding="utf-8")}
+    with_operations = {file for file in package.rglob("*.py") if "\n@operation(" in file.read_text(encoding="utf-8")}
     assert with_operations == {Path(str(module.__file__)) for module in compiled.WITH_OPERATIONS}
 
     def kept_under(source: str) -> str:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from pykalm.config import Config
 from pykalm.errors import ModelError, OutOfMemoryError
-from pykalm.model import matmul_attention, packing, run, unpadded
+from pykalm.model import last_layer, matmul_attention, packing, run, unpadded
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
 from pykalm.settings import TrainingSettings
@@ -87,6 +87,55 @@ def test_a_model_that_does_not_read_rows_end_to_end_takes_padded_ones(
         assert encoder.attention == matmul_attention.NAME
         assert not encoder.unpadded
         encoder.embed([np.arange(3, 9), np.arange(20, 30)])
+
+
+def parts_come_back_in_another_order() -> AbstractContextManager[None]:
+    """As a part that looks at other tokens than its own would give them."""
+    right = last_layer._widen
+    return replaced(last_layer, "_widen", lambda module, inputs, output: right(module, inputs, output.flip(1)))
+
+
+def parts_come_with_something_else() -> AbstractContextManager[None]:
+    """As of experts that hand out whom they have asked."""
+    right = last_layer._widen
+    return replaced(last_layer, "_widen", lambda module, inputs, output: right(module, inputs, (output, None)))
+
+
+def parts_are_given_more_than_a_state() -> AbstractContextManager[None]:
+    right = last_layer._narrow
+    return replaced(last_layer, "_narrow", lambda module, inputs: right(module, (*inputs, *inputs)))
+
+
+@pytest.mark.parametrize(
+    "refused", [parts_come_back_in_another_order, parts_come_with_something_else, parts_are_given_more_than_a_state]
+)
+def test_a_last_layer_that_cannot_be_computed_in_part_is_computed(
+    refused: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Rows stay end to end, and a pass without the context is as it was."""
+    for precision in ("fp32", "bf16"):
+        encoder = tiny_encoder(precision=precision, row_tokens=48)
+        with refused():
+            packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+        assert (encoder.packed, encoder.unpadded, encoder.narrows) == (True, True, False)
+        sound = tiny_encoder(precision=precision, row_tokens=48)
+        packing.choose_passes(sound, tiny_verbalizer(tiny_graph()))
+        assert (sound.packed, sound.unpadded, sound.narrows) == (True, True, True)
+
+
+def test_the_last_layer_is_computed_in_full_where_a_pass_asks_for_all_or_computes_again() -> None:
+    encoder = tiny_encoder(row_tokens=48)
+    packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+    group = row_group(encoder.lay_out([np.arange(3, 9), np.arange(20, 30)]), np.arange(1))
+    whole, part = encoder(group, shared=True), encoder(group, shared=True, wanted=np.array([7]))
+    assert torch.allclose(part[7], whole[7], atol=1e-6)
+    assert not torch.allclose(part[6], whole[6], atol=1e-3)
+    encoder.causal_lm.gradient_checkpointing_enable()
+    again = encoder.train()(group, shared=True, wanted=np.array([7]))
+    assert torch.allclose(again, whole, atol=1e-6)
+    assert encoder.wanted(np.array([3, 1]), np.array([2, 3])).tolist() == [1, 2, 3]
+    encoder.pooling = "mean"
+    assert encoder.wanted(np.array([3, 1])) is None
 
 
 def test_rounding_is_measured_where_a_pass_holds_one_text_only() -> None:

@@ -4,8 +4,8 @@ Counted, a multiplication and an addition as two: for every distinct prefix of t
 weights (2 · in · out forward, the same again for the gradient of the input where something below learns, and again for
 that of the weight where it learns itself, as LoRA's two matrices do), and attention over the tokens that it sees (4 · width
 of all heads, twice that backward); the logits at the positions that carry loss. Not counted: padding, prefixes that stand
-in several rows, recomputation, dropout, norms, rotations, softmax, the losses, the optimiser. So utilisation has no credit
-for work that a better layout would save.
+in several rows, the last layer's feed-forward part where its state is not read, recomputation, dropout, norms, rotations,
+softmax, the losses, the optimiser. So utilisation has no credit for work that is not needed, whether it is done or not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,26 +22,37 @@ from pykalm.bench.plan import adapters_of_peft, attention, separate_attention
 from pykalm.errors import ModelError
 from pykalm.learn.batches import Batch
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import feed_forward
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import TokenTrie
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Hold what a model costs, forward and backward: per token, per token seen by another in all layers, per logit row."""
+    """Hold what a model costs, forward and backward: per token, per token seen by another in all layers, per logit row.
+
+    unread: what of a token's cost is the last layer's feed-forward part, which a token whose state is not read does not need.
+    """
 
     token_forward: int
     token_backward: int
+    unread_forward: int
+    unread_backward: int
     seen_forward: int
     seen_backward: int
     logits_forward: int
     logits_backward: int
 
-    def step(self, num_tokens: int, num_seen: int, num_logits: int) -> int:
-        """Return the operations of a training step."""
-        token = self.token_forward + self.token_backward
-        seen = self.seen_forward + self.seen_backward
-        return num_tokens * token + num_seen * seen + num_logits * (self.logits_forward + self.logits_backward)
+    def step(self, num_tokens: int, num_seen: int, num_logits: int, num_unread: int) -> int:
+        """Return the operations of a training step; num_unread: those of the tokens whose states are not read."""
+        counts = (num_tokens, num_seen, num_logits, -num_unread)
+        costs = (
+            self.token_forward + self.token_backward,
+            self.seen_forward + self.seen_backward,
+            self.logits_forward + self.logits_backward,
+            self.unread_forward + self.unread_backward,
+        )
+        return sum(count * cost for count, cost in zip(counts, costs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,16 @@ class _Product:
     input_learns: bool
     weight_learns: bool
 
+    @property
+    def forward(self) -> int:
+        """Return its operations for a token, forward."""
+        return 2 * self.size
+
+    @property
+    def backward(self) -> int:
+        """Return its operations for a token, backward."""
+        return 2 * self.size * (self.input_learns + self.weight_learns)
+
 
 def model_cost(encoder: Encoder) -> ModelCost:
     """Count an adapted model's cost per token from one pass over two tokens, which tells where gradients flow.
@@ -60,15 +81,17 @@ def model_cost(encoder: Encoder) -> ModelCost:
     Raises ModelError where a layer's product with a weight is not seen in the pass.
     """
     products = _products(encoder)
-    forward = sum(2 * product.size for product in products)
-    backward = sum(2 * product.size * (product.input_learns + product.weight_learns) for product in products)
+    last = feed_forward(encoder.causal_lm) if encoder.pooling == "last" else None
+    unread = [product for product in products if last is not None and product.name.startswith(f"{last[0]}.")]
     attentions = _attention_names(encoder.causal_lm)
     width = _attention_width(encoder.causal_lm.config.get_text_config())
     learns = [_attention_learns(name, products) for name in attentions]
     head = encoder.causal_lm.get_output_embeddings().weight
     return ModelCost(
-        token_forward=forward,
-        token_backward=backward,
+        token_forward=sum(product.forward for product in products),
+        token_backward=sum(product.backward for product in products),
+        unread_forward=sum(product.forward for product in unread),
+        unread_backward=sum(product.backward for product in unread),
         seen_forward=4 * width * len(attentions),
         seen_backward=8 * width * sum(learns),
         logits_forward=2 * head.numel(),
@@ -79,7 +102,9 @@ def model_cost(encoder: Encoder) -> ModelCost:
 def useful_flops(cost: ModelCost, batch: Batch) -> int:
     """Return the operations that a batch needs. A sliding window is not taken off: texts are shorter than any."""
     depths = batch.trie.depths[distinct_nodes(batch.trie)]
-    return cost.step(len(depths), int((depths + 1).sum()), len(np.unique(batch.answer_nodes)))
+    read = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes, batch.answer_nodes, batch.own_nodes]))
+    seen, logits = int((depths + 1).sum()), len(np.unique(batch.answer_nodes))
+    return cost.step(len(depths), seen, logits, len(depths) - len(read))
 
 
 def distinct_nodes(trie: TokenTrie) -> IntArray:

@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,7 @@ from pykalm.learn.step import chunks_that_fit
 from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
+from pykalm.model.operations import FUNCTIONS
 from pykalm.model.side_by_side import AHEAD
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, TokenTrie, row_group
@@ -169,12 +169,12 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = {storage._cdata for storage in _storages((args, kwargs))}
-        own = OPDEFS.get(f"{func.namespace}::{func._opname}") if func.namespace == "kalm" else None
+        own = FUNCTIONS.get(func)
         if own is None:
             result = func(*args, **kwargs)
         else:
             with self:  # an operation of our own: what it makes and lets go of counts too
-                result = own._init_fn(*args, **kwargs)
+                result = own(*args, **kwargs)
         for storage in _storages(result):
             if storage._cdata not in given | self.live:
                 self._note(storage)

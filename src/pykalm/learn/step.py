@@ -193,7 +193,8 @@ class _Step:
             torch.manual_seed(seed)  # of a dropout of the model's own, and of a GPU's
         # What is computed again in the backward pass finds PyTorch's own generator as it was, and no other.
         with nullcontext() if self.encoder.computes_again else drawing_from(seed):
-            states = self.encoder(chunk.group, shared=self.batch.trie.shared)
+            wanted = self.encoder.wanted(chunk.pooled_places, chunk.answer_places, chunk.own_places)
+            states = self.encoder(chunk.group, shared=self.batch.trie.shared, wanted=wanted)
         return states, _vectors(self.encoder, states, chunk)
 
 

@@ -44,7 +44,8 @@ def compile_layers(encoder: Encoder) -> None:
                 "draw other dropout in compiled layers the second time. Turn one of the two off; training.memory_tokens "
                 "bounds memory too."
             )
-        for layer in _layers(encoder):
+        # The last one computes few tokens only, at places that are a thread's own: no matter of a compiler.
+        for layer in _layers(encoder)[: -1 if encoder.narrows else None]:
             layer.compile(**_options(encoder.device), **limit)
             _compute_by(layer, layer._compiled_call_impl)
         encoder.is_compiled = True

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pykalm.model.operations import operation, shapes_of
 
 LEVELS = 1 << 16
 _MIX = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -75,20 +78,16 @@ class Dropout(nn.Module):
 
 
 def dropped_places(p: float, count: int, number: int = 0) -> Tensor:
-    """Return in order the places (int32), of `count`, that dropout with probability p drops, each by itself.
+    """Return the places (int32), of `count`, that dropout with probability p drops, each by itself; some are there twice.
 
-    The gaps between them are geometric, so for a small p there is little to draw.
+    Into every block of places fall as many as a Poisson variable says, with a mean of −log(1 − p) a place. Those that fall on
+    one place are then a Poisson variable too, independent of all others, and none does with probability 1 − p.
     """
-    generator = np.random.Generator(_bits(number))
-    wanted = int(count * p + 6 * math.sqrt(count * p) + 10)
-    found, last = [], -1
-    while last < count:
-        gaps = generator.standard_exponential(wanted, dtype=np.float32) / -math.log1p(-p)
-        places = np.cumsum(gaps.astype(np.int64) + 1) + last
-        found.append(places)
-        last = int(places[-1])
-    places = np.concatenate(found) if len(found) > 1 else found[0]
-    return torch.from_numpy(places[: int(np.searchsorted(places, count))].astype(np.int32))
+    bits, blocks = _bits(number), -(-count // LEVELS)
+    thrown = np.random.Generator(bits).poisson(-math.log1p(-p) * LEVELS, blocks)
+    starts = np.repeat(np.arange(0, blocks * LEVELS, LEVELS, dtype=np.int32), thrown)
+    places = starts + _integers(bits, len(starts), np.dtype(np.uint16))
+    return torch.from_numpy(places[places < count])
 
 
 def without_some(x: Tensor, p: float, number: Tensor) -> Tensor:
@@ -104,35 +103,39 @@ def without_some(x: Tensor, p: float, number: Tensor) -> Tensor:
     return torch.where(words >= min(round(p * 2**32), 2**32 - 1) - 2**31, x, 0)
 
 
-@torch.library.custom_op("kalm::random_words", mutates_args=())
+@operation("random_words")
 def random_words(x: Tensor, number: Tensor) -> Tensor:
     """Return a random int32 word for each of the N rows of x (..., width) and each of its columns (N + width,)."""
     count = x.numel() // x.shape[-1] + x.shape[-1]
     return _random(count, np.dtype(np.int32), int(number))
 
 
-@random_words.register_fake
+@shapes_of(random_words)
 def _(x: Tensor, number: Tensor) -> Tensor:
     return torch.empty(x.numel() // x.shape[-1] + x.shape[-1], dtype=torch.int32)
 
 
 # An operation of its own, which compiled code calls as it is. It is told x and the module, so that no two calls look alike.
-@torch.library.custom_op("kalm::random_bits", mutates_args=())
+@operation("random_bits")
 def random_bits(x: Tensor, number: Tensor) -> Tensor:
     """Return a random int16 number for each of x, every one as likely, for the module of a number."""
     return _random(x.numel(), np.dtype(np.int16), int(number))
 
 
-@random_bits.register_fake
+@shapes_of(random_bits)
 def _(x: Tensor, number: Tensor) -> Tensor:
     return torch.empty(x.numel(), dtype=torch.int16)
 
 
 def _random(count: int, dtype: "np.dtype[np.signedinteger[Any]]", number: int) -> Tensor:
     """Return `count` random integers, every one of their kind as likely, for the module of a number."""
-    words = np.random.Generator(_bits(number)).integers(1 << 64, size=-(-count * dtype.itemsize // 8), dtype=np.uint64)
-    drawn = words.view(dtype)
-    return torch.from_numpy(drawn if len(drawn) == count else drawn[:count].copy())
+    return torch.from_numpy(_integers(_bits(number), count, dtype))
+
+
+def _integers(bits: np.random.SFC64, count: int, dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
+    """Return `count` random integers, every one of their kind as likely."""
+    drawn: npt.NDArray[Any] = bits.random_raw(-(-count * dtype.itemsize // 8)).view(dtype)
+    return drawn if len(drawn) == count else drawn[:count].copy()
 
 
 def _bits(number: int) -> np.random.SFC64:

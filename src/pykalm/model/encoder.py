@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from pykalm.model import unpadded
 from pykalm.model.arrays import on_device
 from pykalm.model.attention import BLOCK, FLEX, padded_to_blocks, trie_attention
 from pykalm.model.dropout import drawing_from
+from pykalm.model.last_layer import narrowed_to
 from pykalm.model.layers import computing_in, find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
@@ -37,9 +38,9 @@ class Encoder(nn.Module):
 
     With pooling "mean" it is the mean over all tokens of the text. Knows nothing of strings. `packed` says whether the
     texts of a batch share one trie; where a model cannot take its mask, every text is a row of its own. `reads_unpadded`
-    says whether the model reads a trie's rows end to end, where its attention can tell them apart. log(1/τ) is a parameter
-    here, so it is optimised and saved with the model. In eval mode until a trainer calls train(); dropout then is that of
-    the model's own config, plus the adapter's.
+    says whether the model reads a trie's rows end to end, where its attention can tell them apart, `narrows` whether its last
+    layer can be computed in part (last_layer.py). log(1/τ) is a parameter here, so it is optimised and saved with the model.
+    In eval mode until a trainer calls train(); dropout then is that of the model's own config, plus the adapter's.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Encoder(nn.Module):
         self.source_fingerprint = source_fingerprint
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.row_tokens, self.chunk_tokens, self.packed = row_tokens, chunk_tokens, packed
-        self.wanted_attention, self.pooling, self.reads_unpadded = attention, pooling, False
+        self.wanted_attention, self.pooling = attention, pooling
+        self.reads_unpadded = self.narrows = False
         self._moves: bool | None = None
         self.is_compiled = False
         device = next(model.parameters()).device
@@ -203,10 +205,14 @@ class Encoder(nn.Module):
         least = self.row_tokens if self.is_compiled and rows > 1 else 0
         return -(-max(longest, least) // BLOCK) * BLOCK
 
-    def forward(self, group: RowGroup, *, shared: bool) -> Tensor:
-        """Return the states (rows · width, D) of a group of rows, flattened, with gradient where that is on."""
+    def forward(self, group: RowGroup, *, shared: bool, wanted: IntArray | None = None) -> Tensor:
+        """Return the states (rows · width, D) of a group of rows, flattened, with gradient where that is on.
+
+        wanted (P,): the places there of the states that are read, None for all; others may be anything.
+        """
         if shared and self.unpadded:
-            with self.precision():
+            places = None if wanted is None else unpadded.places_of(group, wanted)
+            with self.precision(), self._narrowed_to(places):
                 read = self.causal_lm.base_model(
                     use_cache=False, **unpadded.arguments(self.causal_lm.config, group, self.compute_dtype)
                 )
@@ -219,9 +225,19 @@ class Encoder(nn.Module):
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
             arguments |= {"position_ids": depths, "attention_mask": mask}
-        with self.precision():
+        with self.precision(), self._narrowed_to(wanted):
             states: Tensor = self.causal_lm.base_model(**arguments)[0]
         return states[:, :width].flatten(0, 1)
+
+    def wanted(self, ends: IntArray, *others: IntArray) -> IntArray | None:
+        """Return the places of the states that vectors of texts that end at `ends` are made of, and others; None for all."""
+        return np.unique(np.concatenate([ends, *others])) if self.pooling == "last" else None
+
+    def _narrowed_to(self, places: IntArray | None) -> AbstractContextManager[None]:
+        """Return the context of a pass of which only the states at some places (P,) of its flattened tokens are read."""
+        if places is None or not self.narrows or self.device.type != "cpu" or is_sharded(self) or self.computes_again:
+            return nullcontext()
+        return narrowed_to(torch.from_numpy(places if len(places) else np.zeros(1, dtype=np.int64)))
 
     def read(self, states: Tensor, group: RowGroup, places: IntArray) -> Tensor:
         """Return what the vectors (P, D) of texts are made of, from the states of their group and the places where they end."""
@@ -297,7 +313,8 @@ class Encoder(nn.Module):
         def vectors_of(rows: IntArray) -> tuple[IntArray, Tensor]:
             group = row_group(trie, rows)
             which, places = group.find(own)
-            return which, pooled(self.read(self(group, shared=trie.shared), group, places)).cpu()
+            states = self(group, shared=trie.shared, wanted=self.wanted(places))
+            return which, pooled(self.read(states, group, places)).cpu()
 
         with failing_together():
             at_once = self.chunks_at_once(len(own_chunks))

@@ -113,7 +113,7 @@ def _states(
 ) -> Iterator[tuple[IntArray, Tensor]]:
     """Yield the states of the wanted nodes of a group, some at once, each with the numbers of its nodes."""
     which, places = group.find(wanted)
-    states = encoder(group, shared=shared)[torch.from_numpy(places).to(encoder.device)]
+    states = encoder(group, shared=shared, wanted=places)[torch.from_numpy(places).to(encoder.device)]
     for start in range(0, len(which), at_once):
         yield which[start : start + at_once], states[start : start + at_once]
 

@@ -1,6 +1,5 @@
 """LoRA's product with less traffic: on a CPU the adapters' many small steps cost as much as an eighth of all the weights."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from pykalm.model.dropout import Dropout, dropped_places, without_some
 from pykalm.model.layers import computed_dtype
+from pykalm.model.operations import gradient_of, operation, shapes_of
 from pykalm.model.packed_weights import forget_copies, gradient_at_rows, product
 
 
@@ -77,8 +77,7 @@ class LoraLinear(lora.Linear):
         return active[0] if isinstance(self.lora_dropout[active[0]], Dropout | nn.Identity) else None
 
 
-# Operations of their own, which compiled code calls as they are, and whose results are counted with the tensors of a pass.
-@torch.library.custom_op("kalm::lora_product", mutates_args=())
+@operation("lora_product")
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,23 +87,22 @@ def _product(
     """
     with torch.autocast("cpu", enabled=False):
         rows = _rows(x)
-        drawn = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
-        places = _filled_up(drawn, rows.numel(), p)
+        places = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
         narrowing, widening = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
         result, narrow = _adapted(rows, _without(rows, places), weight, bias, narrowing, widening)
     return result.view(*x.shape[:-1], len(weight)), narrow, places
 
 
-@_product.register_fake
+@shapes_of(_product)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[-1]
-    places = torch.empty(0 if number is None else _most_places(x.numel(), p), dtype=torch.int32)
+    places = torch.empty(0 if number is None else torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count, a.shape[0]), places
 
 
-@torch.library.custom_op("kalm::lora_gradients", mutates_args=())
+@operation("lora_gradients")
 def _gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
     at_input: bool,
@@ -122,7 +120,7 @@ def _gradients(
     return at_x.view(x.shape), at_a, at_b
 
 
-@_gradients.register_fake
+@shapes_of(_gradients)
 def _(
     gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
     at_input: bool,
@@ -142,12 +140,12 @@ def _backward(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tenso
     return at_x if at_input else None, None, None, at_a, at_b, None, None, None
 
 
-_product.register_autograd(_backward, setup_context=_keep)
+gradient_of(_product, _backward, keep=_keep)
 
 
 # What compiled layers call: the compiler makes x with dropout beside what x is made of, in one loop over memory, and again
 # for the gradient; and A and B as products take them.
-@torch.library.custom_op("kalm::lora_product_beside", mutates_args=())
+@operation("lora_product_beside")
 def _product_beside(
     x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -157,12 +155,12 @@ def _product_beside(
     return result.view(*x.shape[:-1], len(weight)), narrow
 
 
-@_product_beside.register_fake
+@shapes_of(_product_beside)
 def _(x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
-@torch.library.custom_op("kalm::lora_gradients_beside", mutates_args=())
+@operation("lora_gradients_beside")
 def _gradients_beside(
     gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, at_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,7 +174,7 @@ def _gradients_beside(
     return at_x.view(kept.shape), at_kept.view(kept.shape), at_a, at_b
 
 
-@_gradients_beside.register_fake
+@shapes_of(_gradients_beside)
 def _(
     gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, at_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,7 +194,7 @@ def _backward_beside(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tupl
     return (at_x, at_kept, None, None, at_a, at_b) if at_input else (None, None, None, None, at_a, at_b)
 
 
-_product_beside.register_autograd(_backward_beside, setup_context=_keep_beside)
+gradient_of(_product_beside, _backward_beside, keep=_keep_beside)
 
 
 def _adapted(
@@ -227,25 +225,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _most_places(count: int, p: float) -> int:
-    """Return more than as many as dropout with probability p drops of `count`, by eight deviations at least."""
-    return count * (math.ceil(64 * p) + 1) // 64 + 256
-
-
-def _filled_up(places: Tensor, count: int, p: float) -> Tensor:
-    """Return the places in a tensor as long as always for that count, which compiled code wants to know; last, how many."""
-    if not p:
-        return places
-    filled = torch.zeros(_most_places(count, p), dtype=torch.int32)
-    filled[: len(places)] = places
-    filled[-1] = len(places)
-    return filled
-
-
-def _without(values: Tensor, filled: Tensor, *, in_place: bool = False) -> Tensor:
+def _without(values: Tensor, places: Tensor, *, in_place: bool = False) -> Tensor:
     """Return the numbers with 0 at the places that are dropped."""
-    if not len(filled):
+    if not len(places):
         return values
     kept = values if in_place else values.clone(memory_format=torch.contiguous_format)
-    kept.view(-1).index_fill_(0, filled[: int(filled[-1])].long(), 0)
+    kept.view(-1).index_fill_(0, places.long(), 0)
     return kept

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pykalm.model.layers import computed_dtype
+from pykalm.model.operations import gradient_of, operation, shapes_of
 from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes, require_heads, with_unseen_keys
 
 NAME = "kalm_matmul"
@@ -55,7 +56,7 @@ def matmul_attention(
 
 
 # Operations of their own: a compiler fuses a softmax with what pads and transposes it, which here is several times slower.
-@torch.library.custom_op("kalm::attend", mutates_args=())
+@operation("attend")
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
     from_queries: Tensor | None, from_keys: Tensor | None,
@@ -66,7 +67,7 @@ def _attend(
         return _unfolded(torch.bmm(weights, values), query.shape, from_queries), weights
 
 
-@_attend.register_fake
+@shapes_of(_attend)
 def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
     from_queries: Tensor | None, from_keys: Tensor | None,
@@ -80,7 +81,7 @@ def _(
     return mixed, value.new_empty(rows * groups, heads // groups * length, seen)
 
 
-@torch.library.custom_op("kalm::attend_gradients", mutates_args=())
+@operation("attend_gradients")
 def _gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
     keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
@@ -98,7 +99,7 @@ def _gradients(
         return at_query.transpose(1, 2), at_key.transpose(1, 2), at_value.transpose(1, 2)
 
 
-@_gradients.register_fake
+@shapes_of(_gradients)
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
     keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
@@ -118,7 +119,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return *_gradients(gradient, *ctx.saved_tensors), *(None,) * 5
 
 
-_attend.register_autograd(_backward, setup_context=_keep)
+gradient_of(_attend, _backward, keep=_keep)
 
 
 def _weights(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pykalm.model.layers import computed_dtype, find_layers
+from pykalm.model.operations import gradient_of, operation, shapes_of
 from pykalm.model.products import has_onednn
 
 MOST_BYTES = 2 << 30
@@ -104,24 +105,24 @@ def gradient_at_rows(above: Tensor, weight: Tensor) -> Tensor:
     return _packed_product(above, copies.transposed, None)
 
 
-@torch.library.custom_op("kalm::frozen_product", mutates_args=())
+@operation("frozen_product")
 def _frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x · Wᵀ + bias, (..., in) to (..., out)."""
     return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
-@_frozen_product.register_fake
+@shapes_of(_frozen_product)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("kalm::frozen_gradient", mutates_args=())
+@operation("frozen_gradient")
 def _frozen_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return gradient · W, (..., out) to (..., in)."""
     return gradient_at_rows(gradient.reshape(-1, len(weight)), weight).view(*gradient.shape[:-1], weight.shape[1])
 
 
-@_frozen_gradient.register_fake
+@shapes_of(_frozen_gradient)
 def _(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], weight.shape[1])
 
@@ -134,7 +135,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return _frozen_gradient(gradient, *ctx.saved_tensors), None, None
 
 
-_frozen_product.register_autograd(_backward, setup_context=_keep)
+gradient_of(_frozen_product, _backward, keep=_keep)
 
 
 def _can_be_packed(weight: Tensor) -> bool:

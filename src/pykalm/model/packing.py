@@ -1,5 +1,6 @@
 """The check at the start: does this model, with our mask, read a trie as it reads the texts one by one?"""
 
+import itertools
 import logging
 
 import numpy as np
@@ -9,6 +10,7 @@ from pykalm.errors import ModelError
 from pykalm.memory import is_out_of_memory
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import can_be_narrowed
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pretrained import vocabulary_size
 from pykalm.model.sharding import give_back
@@ -121,7 +123,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
             "kalm: training.attention=flex needs CUDA and a model made for it, found %s on %s; taking its own: same result, "
             "slower.", name, encoder.device.type,
         )  # fmt: skip
-    encoder.reads_unpadded = False
+    encoder.reads_unpadded = encoder.narrows = False
     for attention in (*encoder.faster_attentions(), own):
         encoder.use_attention(attention)
         difference, noise_of_one = _difference_from(encoder, texts, alone)
@@ -131,7 +133,7 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
             (refuses,) = any_of([not _learns_like(encoder, own, texts)])  # in any process
             encoder.packed = not refuses
         if encoder.packed:
-            encoder.reads_unpadded = attention == MATMUL_ATTENTION and _reads_unpadded(encoder, texts, alone, allowed)
+            _spare_what_can_be(encoder, texts, alone, allowed)
             return
         if attention == FLEX:
             log.warning("kalm: %s does not read a token trie exactly by FlexAttention; taking %s: slower.", name, own)
@@ -141,18 +143,26 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     )  # fmt: skip
 
 
-def _reads_unpadded(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> bool:
-    """Return whether the model reads rows end to end as it reads texts alone; tried on short rows, many in a pass."""
-    encoder.reads_unpadded = True
+def _spare_what_can_be(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> None:
+    """Let the model read rows end to end, and its last layer in part, where it then reads texts as it reads them alone."""
+    ways = itertools.product(
+        (True, False) if encoder.attention == MATMUL_ATTENTION else (False,),
+        (True, False) if encoder.device.type == "cpu" and can_be_narrowed(encoder.causal_lm) else (False,),
+    )
+    for encoder.reads_unpadded, encoder.narrows in ways:
+        if not (encoder.reads_unpadded or encoder.narrows) or _reads_sparing(encoder, texts, alone, allowed):
+            return
+
+
+def _reads_sparing(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> bool:
+    """Return whether the model reads texts so as it reads them alone; tried on short rows, many in a pass."""
     try:
         vectors = _embed_as(encoder, texts, packed=True, row_tokens=1, chunk_tokens=sum(map(len, texts)))
     except REFUSALS[False] as error:
         if is_out_of_memory(error):
             raise
-        log.info("%s takes no rows end to end (%s)", type(encoder.causal_lm).__name__, error)
+        log.info("%s cannot be read so (%s)", type(encoder.causal_lm).__name__, error)
         return False
-    finally:
-        encoder.reads_unpadded = False
     return _largest_distance(vectors, alone) <= allowed
 
 

@@ -63,6 +63,12 @@ def arguments(config: Any, group: RowGroup, dtype: torch.dtype) -> dict[str, Any
     }
 
 
+def places_of(group: RowGroup, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return where tokens at some places of a flattened group stand end to end."""
+    found: npt.NDArray[np.int64] = (np.cumsum(group.nodes.ravel() >= 0) - 1)[places]
+    return found
+
+
 def padded(states: Tensor, group: RowGroup) -> Tensor:
     """Return states (N, D) of a group's tokens, end to end, as (rows · T, D), with 0 in padding."""
     places = torch.from_numpy(np.flatnonzero(group.nodes >= 0))
