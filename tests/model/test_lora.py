@@ -145,8 +145,8 @@ def test_what_is_dropped_is_each_place_by_itself_with_its_probability() -> None:
             assert abs(float(both.mean()) - p * p) <= 7 * (p * p * (1 - p * p) / len(both)) ** 0.5
         for size in (8, 1 << 12):  # as even, from block to block, as independent chances are, and no more
             blocks = dropped[: count // size * size].view(-1, size).sum(1).double()
-            spread = float(blocks.var()) / (size * p * (1 - p))
-            assert abs(spread - 1) < 0.02 + 6 * (2 / len(blocks)) ** 0.5
+            variance = size * p * (1 - p)
+            assert abs(float(blocks.var()) / variance - 1) < 6 * ((2 + 1 / variance) / len(blocks)) ** 0.5
     assert len(dropped_places(0.5, 0)) == 0
 
 
