@@ -19,7 +19,8 @@ from pykalm.model import attention, matmul_attention, packing, unpadded
 from pykalm.model.encoder import Encoder
 from pykalm.model.last_layer import can_be_narrowed, feed_forward
 from pykalm.model.packing import choose_passes, packed_difference
-from pykalm.text.trie import build_trie, row_group
+from pykalm.text import trie as trie_module
+from pykalm.text.trie import TokenTrie, build_trie, row_group
 from pykalm.text.verbalize import Verbalizer
 from tests.laws.common import (
     build_batch,
@@ -171,15 +172,16 @@ def test_attention_by_matrix_products_gives_what_separate_passes_give() -> None:
 
 
 def test_rows_end_to_end_give_what_separate_passes_give() -> None:
-    """Groups of rows of several lengths, which attention alone pads."""
+    """Groups of rows of several lengths, which attention alone pads, with paths that several rows of a group repeat."""
     for family in WITHOUT_PADDING:
         encoder, verbalizer = tiny_encoder(family, row_tokens=48, chunk_tokens=192), tiny_verbalizer(tiny_graph())
         own = encoder.attention
         encoder.use_attention(matmul_attention.NAME)
         encoder.reads_unpadded = True
         batch = build_batch(encoder, verbalizer)
-        lengths = [batch.trie.row_lengths[rows] for rows in batch.trie.chunks(encoder.chunk_tokens)]
-        assert max(len(set(part.tolist())) for part in lengths) > 1
+        groups = [row_group(batch.trie, rows) for rows in batch.trie.chunks(encoder.chunk_tokens)]
+        assert max(len(set((group.nodes >= 0).sum(axis=1).tolist())) for group in groups) > 1
+        assert any(len(unpadded.layout(group).chosen) < (group.nodes >= 0).sum() - 5 for group in groups)
         loss, packed = gradients(encoder, batch)
         encoder.use_attention(own)
         require_loops(encoder, verbalizer, loss, packed, what=(family,))
@@ -352,6 +354,13 @@ def test_trie_paths_spell_the_texts_and_ends_bound_the_descendants() -> None:
     texts = [generator.integers(0, 3, size=generator.integers(1, 7)) for _ in range(60)]
     for row_tokens in (6, 16, 1000):
         trie = build_trie(texts, row_tokens=row_tokens)
+        prefixes = {int(node): tuple(text[: depth + 1]) for text, path in zip(texts, trie.paths, strict=True)
+                    for depth, node in enumerate(path[: len(text)])}  # fmt: skip
+        assert prefixes.keys() == set(range(trie.num_nodes))
+        twins: dict[tuple[int, ...], set[int]] = {}
+        for node, prefix in prefixes.items():
+            twins.setdefault(prefix, set()).add(int(trie.twins[node]))
+        assert all(len(found) == 1 and prefixes[min(found)] == prefix for prefix, found in twins.items())
         assert trie.row_lengths.max() <= row_tokens
         assert trie.row_lengths.sum() == trie.num_nodes
         sees = {(i, j) for path in trie.paths for i in path[path >= 0] for j in path[path >= 0] if j <= i}
@@ -426,6 +435,27 @@ def gradients_go_back_to_the_next_head() -> AbstractContextManager[None]:
     return replaced(unpadded, "_places", wrong)
 
 
+def gradients_of_repeated_keys_are_lost() -> AbstractContextManager[None]:
+    """Let a key learn from the first row alone that sees it."""
+    right = unpadded._places
+
+    def wrong(*arguments: Any) -> unpadded.Places:
+        places = right(*arguments)
+        return places._replace(into=torch.full_like(places.into, len(places.from_keys) - 1))
+
+    return replaced(unpadded, "_places", wrong)
+
+
+def equal_tokens_at_equal_depths_are_one_prefix() -> AbstractContextManager[None]:
+    """Take nodes of the same token and depth for the same prefix."""
+
+    def wrong(trie: TokenTrie, order: IntArray, shared: IntArray) -> None:
+        _, first, of = np.unique(trie.token_ids * 1000 + trie.depths, return_index=True, return_inverse=True)
+        trie.twins[:] = first[of]
+
+    return replaced(trie_module, "_tell_twins", wrong)
+
+
 def attention_forgets_its_scale() -> AbstractContextManager[None]:
     """Take the products of queries and keys as they are, for every head width; the registered function is replaced."""
     right = matmul_attention.matmul_attention
@@ -468,6 +498,8 @@ BREAKS["attention forgets its scale"] = attention_forgets_its_scale
 for name, broken in {
     "vectors come from the next row": vectors_come_from_the_next_row,
     "gradients go back to the next head": gradients_go_back_to_the_next_head,
+    "gradients of repeated keys are lost": gradients_of_repeated_keys_are_lost,
+    "equal tokens at equal depths are one prefix": equal_tokens_at_equal_depths_are_one_prefix,
 }.items():
     BREAKS[name], CHECKS[name] = broken, "test_rows_end_to_end_give_what_separate_passes_give"
 for name, broken in {

@@ -80,9 +80,9 @@ def padding_is_seen() -> AbstractContextManager[None]:
         group = row_group(trie, rows)
         shifts = (group.nodes < 0).sum(axis=1)
         rolled = [np.stack([np.roll(row, s) for row, s in zip(part, shifts, strict=True)])
-                  for part in (group.token_ids, group.depths, group.nodes)]  # fmt: skip
+                  for part in (group.token_ids, group.depths, group.nodes, group.twins)]  # fmt: skip
         ends = np.full_like(group.ends, group.ends.shape[1])
-        return RowGroup(rolled[0], rolled[1], ends, rolled[2])
+        return RowGroup(rolled[0], rolled[1], ends, rolled[2], rolled[3])
 
     from pykalm.model import encoder
 

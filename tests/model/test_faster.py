@@ -98,7 +98,8 @@ def test_rows_end_to_end_are_attended_to_as_padded_rows_are_with_dropout_and_wit
         [np.arange(number, number + length) for number, length in ((0, 40), (50, 30), (90, 7))], row_tokens=40
     )
     group, generator = row_group(trie, np.arange(2)), torch.Generator().manual_seed(0)
-    given = unpadded.arguments(SimpleNamespace(num_attention_heads=4, num_key_value_heads=2), group, torch.float32)
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    given = unpadded.arguments(config, group, unpadded.layout(group), torch.float32)
     places, inside = given[unpadded.ARGUMENT], torch.from_numpy(np.flatnonzero(group.nodes >= 0))
     parts = [torch.randn(1, heads, 77, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
     padded = [
@@ -222,12 +223,14 @@ def test_a_compiler_is_told_what_the_operations_return(dtype: torch.dtype) -> No
     value, mask = torch.randn(2, 2, 40, 6, dtype=dtype), torch.zeros(2, 1, 40, 40, dtype=dtype)
     parts = [part.requires_grad_() for part in (query, key, value)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.kalm.attend.default, (*parts, mask, *[None] * 4), test_utils=checks)
+    torch.library.opcheck(torch.ops.kalm.attend.default, (*parts, mask, *[None] * 7), test_utils=checks)
     inside = np.arange(40) < np.array([40, 33])[:, None]
     missing = unpadded.missing_lanes(40, dtype)
     end_to_end = [torch.randn(1, *part.shape[1:], dtype=dtype) for part in (query, key, value)]
     chained = [torch.cat([part, part], dim=2)[:, :, : inside.sum()].requires_grad_() for part in end_to_end]
-    by_query, places = torch.zeros(1, 1, 80, 40 + missing, dtype=dtype), unpadded._places(inside, missing, 4, 2)
+    by_query = torch.zeros(1, 1, 80, 40 + missing, dtype=dtype)
+    where = unpadded.Layout(np.flatnonzero(inside), np.where(inside, inside.cumsum().reshape(2, 40) - 1, 0).ravel())
+    places = unpadded._places(inside, where, missing, 4, 2)
     torch.library.opcheck(torch.ops.kalm.attend.default, (*chained, by_query, *places), test_utils=checks)
     x, weight = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True), torch.randn(6, 8, dtype=dtype)
     a, b = (torch.randn(shape, requires_grad=True) for shape in ((2, 8), (6, 2)))

@@ -59,7 +59,7 @@ def keys_come_from_another_row() -> AbstractContextManager[None]:
 
 def layers_have_other_heads_than_the_config_says() -> AbstractContextManager[None]:
     right = unpadded._places
-    return replaced(unpadded, "_places", lambda inside, missing, heads, keys: right(inside, missing, 2 * heads, keys))
+    return replaced(unpadded, "_places", lambda *found: right(*found[:3], 2 * found[3], found[4]))
 
 
 def the_config_names_heads_by_layer() -> AbstractContextManager[None]:

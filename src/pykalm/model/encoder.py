@@ -211,17 +211,16 @@ class Encoder(nn.Module):
         wanted (P,): the places there of the states that are read, None for all; others may be anything.
         """
         if shared and self.unpadded:
-            places = None if wanted is None else unpadded.places_of(group, wanted)
-            with self.precision(), self._narrowed_to(places):
-                read = self.causal_lm.base_model(
-                    use_cache=False, **unpadded.arguments(self.causal_lm.config, group, self.compute_dtype)
-                )
-            return unpadded.padded(read[0][0], group)
+            where = unpadded.layout(group)
+            arguments = unpadded.arguments(self.causal_lm.config, group, where, self.compute_dtype)
+            with self.precision(), self._narrowed_to(None if wanted is None else np.unique(where.of[wanted])):
+                read = self.causal_lm.base_model(use_cache=False, **arguments)
+            return unpadded.padded(read[0][0], where)
         token_ids, depths, ends = (on_device(part, self.device) for part in (group.token_ids, group.depths, group.ends))
         width = token_ids.shape[1]
         if shared and self.attention == FLEX:
             token_ids, depths, ends = padded_to_blocks(token_ids, depths, ends, width=self._width(*token_ids.shape))
-        arguments: dict[str, Any] = {"input_ids": token_ids, "use_cache": False}
+        arguments = {"input_ids": token_ids, "use_cache": False}
         if shared:
             mask = trie_attention(self.causal_lm.config, ends, depths, self.compute_dtype)
             arguments |= {"position_ids": depths, "attention_mask": mask}

@@ -14,7 +14,15 @@ from transformers.masking_utils import eager_mask
 
 from pykalm.model.layers import computed_dtype
 from pykalm.model.operations import gradient_of, operation, shapes_of
-from pykalm.model.unpadded import ARGUMENT, by_row, end_to_end, missing_lanes, require_heads, with_unseen_keys
+from pykalm.model.unpadded import (
+    ARGUMENT,
+    by_row,
+    end_to_end,
+    missing_lanes,
+    require_heads,
+    summed_end_to_end,
+    with_unseen_keys,
+)
 
 NAME = "kalm_matmul"
 
@@ -45,7 +53,7 @@ def matmul_attention(
     # Autocast ends inside an operation, and in its gradient it is off.
     query, key, value = (part.to(computed_dtype(part)) for part in (query, key, value))
     query = query * scale  # here, where a compiler makes it part of another loop
-    places: tuple[Tensor | None, ...] = options.get(ARGUMENT) or (None,) * 4
+    places: tuple[Tensor | None, ...] = options.get(ARGUMENT) or (None,) * 7
     require_heads(options.get(ARGUMENT), query, key)
     drops = dropout if module.training else 0.0
     if drops or (attention_mask is not None and attention_mask.requires_grad):
@@ -59,7 +67,7 @@ def matmul_attention(
 @operation("attend")
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
-    from_queries: Tensor | None, from_keys: Tensor | None,
+    from_queries: Tensor | None, asks: Tensor | None, from_keys: Tensor | None, repeats: Tensor | None, into: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what is mixed (rows, T, H, d), and the weights (rows · K, H / K · T, S or more) by which, for the gradient."""
     with torch.autocast("cpu", enabled=False):
@@ -70,7 +78,7 @@ def _attend(
 @shapes_of(_attend)
 def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, queries: Tensor | None, keys: Tensor | None,
-    from_queries: Tensor | None, from_keys: Tensor | None,
+    from_queries: Tensor | None, asks: Tensor | None, from_keys: Tensor | None, repeats: Tensor | None, into: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, heads, length, _ = query.shape
     groups = key.shape[1]
@@ -84,25 +92,30 @@ def _(
 @operation("attend_gradients")
 def _gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
-    keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
+    keys: Tensor | None, from_queries: Tensor | None, asks: Tensor | None, from_keys: Tensor | None, repeats: Tensor | None,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients at query, key and value."""
     with torch.autocast("cpu", enabled=False):
         groups, seen = key.shape[1], weights.shape[2]
         above, asked = (_folded(part, groups, queries) for part in (gradient.transpose(1, 2), query))
         by, values = (_folded(part, groups, keys, seen=seen) for part in (key, value))
+        if asks is not None:
+            above.view(*asks.shape[:2], -1).mul_(asks)
         at_weights = torch.bmm(above, values.transpose(1, 2))
         at_scores = torch._softmax_backward_data(at_weights, weights, -1, weights.dtype)
+        summed = None if repeats is None or into is None else (repeats, into)
         at_query = _unfolded(torch.bmm(at_scores, by), query.shape, from_queries)
-        at_key = _unfolded(torch.bmm(at_scores.transpose(1, 2), asked), key.shape, from_keys)
-        at_value = _unfolded(torch.bmm(weights.transpose(1, 2), above), value.shape, from_keys)
+        at_key = _unfolded(torch.bmm(at_scores.transpose(1, 2), asked), key.shape, from_keys, summed)
+        at_value = _unfolded(torch.bmm(weights.transpose(1, 2), above), value.shape, from_keys, summed)
         return at_query.transpose(1, 2), at_key.transpose(1, 2), at_value.transpose(1, 2)
 
 
 @shapes_of(_gradients)
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, queries: Tensor | None,
-    keys: Tensor | None, from_queries: Tensor | None, from_keys: Tensor | None,
+    keys: Tensor | None, from_queries: Tensor | None, asks: Tensor | None, from_keys: Tensor | None, repeats: Tensor | None,
+    into: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     at_query, at_key, at_value = (
         part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in (query, key, value)
@@ -116,7 +129,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_gradients(gradient, *ctx.saved_tensors), *(None,) * 5
+    return *_gradients(gradient, *ctx.saved_tensors), *(None,) * 8
 
 
 gradient_of(_attend, _backward, keep=_keep)
@@ -155,9 +168,16 @@ def _folded(part: Tensor, groups: int, places: Tensor | None, *, seen: int | Non
     return part.reshape(part.shape[0] * groups, -1, part.shape[-1])
 
 
-def _unfolded(part: Tensor, shape: torch.Size, places: Tensor | None) -> Tensor:
-    """Return what is folded as (rows, T, heads, d), where it came from a tensor of `shape` (rows, heads, T, ...)."""
+def _unfolded(
+    part: Tensor, shape: torch.Size, places: Tensor | None, summed: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Return what is folded as (rows, T, heads, d), where it came from a tensor of `shape` (rows, heads, T, ...).
+
+    summed: where vectors by row are added to those at their places, `repeats` and `into` of Places.
+    """
     rows, heads, length = shape[:3]
+    if places is not None and summed is not None:
+        return summed_end_to_end(part, places, *summed, heads)
     if places is not None:
         return end_to_end(part, places, heads)
     return part.view(rows, heads, -1, part.shape[-1])[:, :, :length].transpose(1, 2).contiguous()

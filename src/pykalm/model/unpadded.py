@@ -22,13 +22,19 @@ class Places(NamedTuple):
     """Hold where the vectors of N tokens in H heads of queries and K of keys are, end to end (N, heads) and by row.
 
     queries (rows, H · T), keys (rows, K · S): the place end to end of every vector by row, head and column; any, in padding.
-    from_queries (N · H,), from_keys (N · K,): the place by row of every vector end to end.
+    from_queries (N · H,), from_keys (N · K + 1,): a place by row of every vector end to end, and of one that is no vector's.
+    asks (rows, H · T, 1): whether a query by row is that one; it is not where a row repeats what another holds, nor in padding.
+    repeats, into (R,): the other places by row of the keys that several rows see, and those they are of end to end; what is
+    none is of the vector too many. So that no form of its own is compiled where there is none, R is 2 at least.
     """
 
     queries: Tensor
     keys: Tensor
     from_queries: Tensor
+    asks: Tensor
     from_keys: Tensor
+    repeats: Tensor
+    into: Tensor
 
 
 def missing_lanes(keys: int, dtype: torch.dtype) -> int:
@@ -41,7 +47,27 @@ def with_unseen_keys(mask: Tensor, missing: int) -> Tensor:
     return F.pad(mask, (0, missing), value=torch.finfo(mask.dtype).min)
 
 
-def arguments(config: Any, group: RowGroup, dtype: torch.dtype) -> dict[str, Any]:
+class Layout(NamedTuple):
+    """Hold how the tokens of a group (rows, T) stand end to end: every distinct prefix once, however many rows repeat it.
+
+    chosen (N,): the place in the flattened group of every token end to end; of (rows · T,): the reverse, also of what is
+    repeated; 0 in padding.
+    """
+
+    chosen: npt.NDArray[np.int64]
+    of: npt.NDArray[np.int64]
+
+
+def layout(group: RowGroup) -> Layout:
+    """Return how the tokens of a group stand end to end."""
+    inside = np.flatnonzero(group.nodes >= 0)
+    _, first, reverse = np.unique(group.twins.ravel()[inside], return_index=True, return_inverse=True)
+    of = np.zeros(group.nodes.size, dtype=np.int64)
+    of[inside] = reverse
+    return Layout(inside[first], of)
+
+
+def arguments(config: Any, group: RowGroup, where: Layout, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a Hugging Face model is called with to read the N tokens of a group (rows, T) end to end, on a CPU.
 
     The mask has a row for every query by row, (1, 1, rows · T, S): models hand a mask of four dimensions on as it is. Raises
@@ -51,28 +77,21 @@ def arguments(config: Any, group: RowGroup, dtype: torch.dtype) -> dict[str, Any
     if not all(isinstance(number, int) for number in heads):
         raise ValueError(f"wanted as many heads in every layer, found {heads[0]} of queries and {heads[1]} of keys")
     ends, depths = torch.from_numpy(group.ends), torch.from_numpy(group.depths)
-    inside, missing = group.nodes >= 0, missing_lanes(group.nodes.shape[1], dtype)
+    missing = missing_lanes(group.nodes.shape[1], dtype)
     mask = trie_attention(config, ends, depths, dtype)
     return {
-        "input_ids": torch.from_numpy(group.token_ids[inside])[None],
-        "position_ids": torch.from_numpy(group.depths[inside])[None],
+        "input_ids": torch.from_numpy(group.token_ids.ravel()[where.chosen])[None],
+        "position_ids": torch.from_numpy(group.depths.ravel()[where.chosen])[None],
         "attention_mask": {kind: _by_query(part, missing) for kind, part in mask.items()}
         if isinstance(mask, dict)
         else _by_query(mask, missing),
-        ARGUMENT: _places(inside, missing, *heads),
+        ARGUMENT: _places(group.nodes >= 0, where, missing, *heads),
     }
 
 
-def places_of(group: RowGroup, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return where tokens at some places of a flattened group stand end to end."""
-    found: npt.NDArray[np.int64] = (np.cumsum(group.nodes.ravel() >= 0) - 1)[places]
-    return found
-
-
-def padded(states: Tensor, group: RowGroup) -> Tensor:
-    """Return states (N, D) of a group's tokens, end to end, as (rows · T, D), with 0 in padding."""
-    places = torch.from_numpy(np.flatnonzero(group.nodes >= 0))
-    return states.new_zeros(group.nodes.size, states.shape[1]).index_copy(0, places, states)
+def padded(states: Tensor, where: Layout) -> Tensor:
+    """Return states (N, D) of a group's tokens, end to end, as (rows · T, D), with anything in padding."""
+    return states.index_select(0, torch.from_numpy(where.of))
 
 
 def require_heads(places: Places | None, query: Tensor, key: Tensor) -> None:
@@ -80,7 +99,7 @@ def require_heads(places: Places | None, query: Tensor, key: Tensor) -> None:
     if places is None:
         return
     wanted = [part.shape[1] * part.shape[2] for part in (query, key)]
-    found = [part.shape[0] for part in (places.from_queries, places.from_keys)]
+    found = [places.from_queries.shape[0], places.from_keys.shape[0] - 1]
     if wanted != found:
         raise ValueError(f"wanted the places of {wanted} vectors of queries and keys, found those of {found}")
 
@@ -97,27 +116,43 @@ def end_to_end(part: Tensor, places: Tensor, heads: int) -> Tensor:
     return vectors.index_select(0, places).view(1, -1, heads, part.shape[-1])
 
 
+def summed_end_to_end(part: Tensor, places: Tensor, repeats: Tensor, into: Tensor, heads: int) -> Tensor:
+    """Return the sums of gradients at keys by row (..., d) as (1, N, heads, d), by Places."""
+    vectors = part.reshape(-1, part.shape[-1])
+    found = vectors.index_select(0, places).index_add_(0, into, vectors.index_select(0, repeats))
+    return found[:-1].view(1, -1, heads, part.shape[-1])
+
+
 def _by_query(mask: Any, missing: int) -> Tensor:
     """Return a mask (rows, 1, T, T) as (1, 1, rows · T, S), with so many more keys."""
     wider = with_unseen_keys(mask, missing)
     return wider.view(1, 1, -1, wider.shape[3])
 
 
-def _places(inside: npt.NDArray[np.bool_], missing: int, query_heads: int, key_heads: int) -> Places:
+def _places(inside: npt.NDArray[np.bool_], where: Layout, missing: int, query_heads: int, key_heads: int) -> Places:
     """Return the places of the tokens inside rows (rows, T), of which `missing` more keys than queries are padding."""
-    rows, columns = (torch.from_numpy(part) for part in np.nonzero(inside))
-    tokens = torch.zeros(inside.shape[0], inside.shape[1] + missing, dtype=torch.long)
-    tokens[rows, columns] = torch.arange(len(rows))
+    rows, width = inside.shape
+    asking = torch.from_numpy(where.of).view(rows, width)
+    seen = F.pad(asking, (0, missing))
+    is_chosen = np.zeros(inside.size, dtype=np.bool_)
+    is_chosen[where.chosen] = True
+    repeated = np.flatnonzero(inside.ravel() & ~is_chosen)
 
     def grid(columns_of_row: Tensor, heads: int) -> Tensor:
         return (columns_of_row[:, None] * heads + torch.arange(heads)[:, None]).flatten(1)
 
-    def back(heads: int, width: int) -> Tensor:
-        return ((rows[:, None] * heads + torch.arange(heads)) * width + columns[:, None]).flatten()
+    def back(places: npt.NDArray[np.int64], heads: int, width_there: int) -> Tensor:
+        row, column = (torch.from_numpy(part) for part in np.divmod(places, width))
+        return ((row[:, None] * heads + torch.arange(heads)) * width_there + column[:, None]).flatten()
 
-    asking = tokens[:, : inside.shape[1]]
+    none = torch.zeros(2, dtype=torch.long)
     found = (
-        grid(asking, query_heads), grid(tokens, key_heads),
-        back(query_heads, asking.shape[1]), back(key_heads, tokens.shape[1]),
+        grid(asking, query_heads), grid(seen, key_heads),
+        back(where.chosen, query_heads, width),
+        torch.from_numpy(is_chosen).view(rows, 1, width, 1).expand(-1, query_heads, -1, -1).flatten(1, 2),
+        torch.cat([back(where.chosen, key_heads, width + missing), none[:1]]),
+        torch.cat([back(repeated, key_heads, width + missing), none]),
+        torch.cat([grid(torch.from_numpy(where.of[repeated])[:, None], key_heads).flatten(),
+                   none + len(where.chosen) * key_heads]),
     )  # fmt: skip
     return Places(*(part.clone() for part in found))  # no views: a compiler looks at what they are of, too

@@ -20,6 +20,7 @@ class TokenTrie:
 
     token_ids, depths (T,): the token of a node, and its distance from the root, which is its position id.
     ends (T,): the index just after the last descendant. Node i sees node j ⇔ j ≤ i < ends[j]; that is the whole mask.
+    twins (T,): the node that stands for all of the same prefix; another one where a cut repeats it, in a trie that is shared.
     row_starts (rows + 1,): row k is the nodes row_starts[k] : row_starts[k + 1]; no node sees beyond its row.
     paths (N, longest): the node of every token of every text, in the order the texts were given; −1 past its end.
     lengths (N,): tokens of every text.
@@ -29,6 +30,7 @@ class TokenTrie:
     token_ids: SmallIntArray
     depths: SmallIntArray
     ends: SmallIntArray
+    twins: SmallIntArray
     row_starts: IntArray
     paths: SmallIntArray
     lengths: IntArray
@@ -89,7 +91,7 @@ class TokenTrie:
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Hold some rows of a trie side by side (rows, width), as a model takes them; `nodes` (rows, width) are −1 in padding.
+    """Hold some rows of a trie side by side (rows, width), as a model takes them; `nodes` and `twins` are −1 in padding.
 
     ends count from the start of the row; padding sees itself only, so that no softmax is empty.
     """
@@ -98,6 +100,7 @@ class RowGroup:
     depths: IntArray
     ends: IntArray
     nodes: IntArray
+    twins: IntArray
 
     def find(self, nodes: IntArray) -> tuple[IntArray, IntArray]:
         """Return, for those of the given nodes that lie in the group, their places in `nodes` and in the flattened group."""
@@ -134,13 +137,16 @@ def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: boo
     tokens, in_order = tokens[order], lengths[order]
     shared = _common_prefixes(tokens, in_order)
     row_tokens = row_tokens if share else 0
-    starts = _cut(shared, in_order, row_tokens)
+    starts, uncut = _cut(shared, in_order, row_tokens), shared.copy()
     shared[starts] = 0
     sizes = np.add.reduceat(in_order - shared, starts)
     pieces, row_starts = _pack_evenly(sizes, row_tokens)
     packed = ranges(starts[pieces], np.diff(np.append(starts, len(order)))[pieces])
     row_starts = starts_of(sizes[pieces])[row_starts]
-    return _lay_out(tokens[packed], order[packed], lengths, shared[packed], row_starts=row_starts, is_shared=share)
+    trie = _lay_out(tokens[packed], order[packed], lengths, shared[packed], row_starts=row_starts, is_shared=share)
+    if share and len(starts) > 1:
+        _tell_twins(trie, order, uncut)
+    return trie
 
 
 def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
@@ -155,6 +161,7 @@ def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
         depths=np.where(inside, trie.depths[nodes], np.int64(0)),
         ends=np.where(inside, trie.ends[nodes] - starts, columns + 1),
         nodes=nodes,
+        twins=np.where(inside, trie.twins[nodes], np.int64(-1)),
     )
 
 
@@ -251,8 +258,22 @@ def _lay_out(
         token_ids=tokens[is_new],
         depths=np.broadcast_to(depth, tokens.shape)[is_new],
         ends=ends[is_new],
+        twins=np.arange(num_nodes, dtype=np.int32),
         row_starts=row_starts,
         paths=paths,
         lengths=lengths,
         shared=is_shared,
     )
+
+
+def _tell_twins(trie: TokenTrie, order: IntArray, shared: IntArray) -> None:
+    """Fill in the twins of a trie that is cut; shared: how many first tokens each sorted text shares with the one before it.
+
+    A text lays down what it does not share; the others find at every depth what was laid down last.
+    """
+    paths = trie.paths[order]
+    depth = np.arange(paths.shape[1])
+    text = np.where(depth >= shared[:, None], np.arange(len(paths))[:, None], 0)
+    np.maximum.accumulate(text, axis=0, out=text)
+    inside = paths >= 0
+    trie.twins[paths[inside]] = paths[text, depth][inside]
