@@ -162,8 +162,8 @@ class TrainingSettings(Settings):
     )
     row_tokens: Positive | None = Field(
         None,
-        description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 96 on a CPU, 1024"
-        " on a GPU, and more where three queries of the graph are longer. Attention costs less in short rows; in long ones"
+        description="Tokens per packed row of a batch's trie, and at least its longest text; null takes 64 on a CPU, 1024"
+        " on a GPU, and more where the graph has long queries. Attention costs less in short rows; in long ones"
         " fewer prefixes are cut.",
     )
     compile: Literal["auto"] | bool = Field(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pykalm.bench.flops import distinct_nodes, model_cost, useful_flops
+from pykalm.bench.flops import model_cost, useful_flops
 from pykalm.bench.plan import adapters_of_peft
 from pykalm.model.adapters import add_adapter
 from pykalm.model.attention import FLEX
@@ -92,12 +92,15 @@ def test_below_the_lowest_adapter_nothing_is_counted_backward() -> None:
 
 
 def test_a_path_that_is_repeated_in_another_row_counts_once() -> None:
+    """In rows that are cut, and where every text has a row of its own."""
     texts = [np.array([5, 6, 7]), np.array([5, 6, 8]), np.array([5, 9]), np.array([4]), np.array([5, 6, 8])]
-    whole, cut = (build_trie(texts, row_tokens=row_tokens) for row_tokens in (64, 3))
-    assert len(distinct_nodes(whole)) == whole.num_nodes == 6
-    assert cut.num_nodes > 6
-    assert len(distinct_nodes(cut)) == 6
-    assert sorted(cut.depths[distinct_nodes(cut)]) == [0, 0, 1, 1, 2, 2]
+    whole, cut, alone = (
+        build_trie(texts, row_tokens=row, share=share) for row, share in ((64, True), (3, True), (3, False))
+    )
+    assert len(np.unique(whole.twins)) == whole.num_nodes == 6
+    for trie in (cut, alone):
+        assert trie.num_nodes > 6
+        assert sorted(trie.depths[np.unique(trie.twins)]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_batch_needs_its_distinct_prefixes_once_and_logits_where_loss_is() -> None:

@@ -308,9 +308,9 @@ def test_a_row_holds_some_queries_of_the_graph_and_no_more_than_a_pass(
 
 def test_settings_that_name_a_row_keep_it() -> None:
     encoder, verbalizer = tiny_encoder(), tiny_verbalizer(tiny_graph())
-    for given, widened in ((64, 64), (None, 80)):
+    for given, widened in ((64, 64), (None, 96)):
         config = Config(graph="people", training=TrainingSettings(row_tokens=given))
-        with mock.patch.object(packing, "QUERIES_A_ROW", 80 / mean_query(verbalizer)):
+        with mock.patch.object(packing, "QUERIES_A_ROW", 96 / mean_query(verbalizer)):
             run._choose_passes(encoder, verbalizer, config)
         assert encoder.row_tokens == widened
 

@@ -23,8 +23,6 @@ from pykalm.errors import ModelError
 from pykalm.learn.batches import Batch
 from pykalm.model.encoder import Encoder
 from pykalm.model.last_layer import feed_forward
-from pykalm.text.texts import IntArray
-from pykalm.text.trie import TokenTrie
 
 
 @dataclass(frozen=True)
@@ -101,34 +99,10 @@ def model_cost(encoder: Encoder) -> ModelCost:
 
 def useful_flops(cost: ModelCost, batch: Batch) -> int:
     """Return the operations that a batch needs. A sliding window is not taken off: texts are shorter than any."""
-    depths = batch.trie.depths[distinct_nodes(batch.trie)]
+    depths = batch.trie.depths[np.unique(batch.trie.twins)]
     read = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes, batch.answer_nodes, batch.own_nodes]))
     seen, logits = int((depths + 1).sum()), len(np.unique(batch.answer_nodes))
     return cost.step(len(depths), seen, logits, len(depths) - len(read))
-
-
-def distinct_nodes(trie: TokenTrie) -> IntArray:
-    """Return one node for every distinct prefix of the texts: a path that is repeated at a row's start counts once.
-
-    A prefix is told by a 64-bit number, mixed from that of its parent and its token, one depth after another.
-    """
-    prefixes = np.zeros(trie.num_nodes, dtype=np.uint64)
-    above = np.zeros(0, dtype=np.int64)
-    for depth in range(int(trie.depths.max()) + 1):
-        nodes = np.flatnonzero(trie.depths == depth)
-        # Depth first, a node's parent is the last one of the depth above that stands before it.
-        parents = prefixes[above[np.searchsorted(above, nodes) - 1]] if depth else np.zeros(len(nodes), np.uint64)
-        prefixes[nodes] = _mixed(parents + trie.token_ids[nodes].astype(np.uint64) + np.uint64(1))
-        above = nodes
-    distinct: IntArray = np.unique(prefixes, return_index=True)[1]
-    return distinct
-
-
-def _mixed(numbers: Any) -> Any:
-    """Scatter 64-bit numbers (the finaliser of splitmix64), so that sums of them do not meet."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
 
 
 def _products(encoder: Encoder) -> list[_Product]:

@@ -233,7 +233,7 @@ def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
 
 
 def _computed_tokens(encoder: Encoder, trie: TokenTrie, group: RowGroup) -> int:
-    """Return the tokens that a pass over some rows of a trie computes."""
+    """Return the tokens that a pass over some rows of a trie computes; what rows repeat counts, as where chunks are cut."""
     return int((group.nodes >= 0).sum()) if trie.shared and encoder.unpadded else group.nodes.size
 
 

@@ -39,8 +39,8 @@ REFUSALS: dict[bool, tuple[type[Exception], ...]] = {
 CHECKED_TRIPLES = 3
 SEARCHED_TRIPLES = 256
 LONGEST_TEXTS = 2
-QUERIES_A_ROW = 3
-ROW_STEP = 16
+QUERIES_A_ROW = 2.75
+ROW_STEP = 32  # a row of another length is padded to it in attention (unpadded.LANES)
 
 
 def packed_difference(encoder: Encoder, texts: list[TokenIds]) -> tuple[float, float]:

@@ -47,8 +47,8 @@ ALIGNMENT = {"log_inverse_temperature": float, "templates": dict, "text": dict, 
 """What alignment.json must hold to be used, besides what is there for the reader."""
 
 OWN_TEXTS = "own_texts.npz"
-ROW_TOKENS = {"cpu": 96, "cuda": 1024}
-"""At least, measured on a CPU (docs/log.md): short rows cost less attention; in 64, cut prefixes cost more than that saves."""
+ROW_TOKENS = {"cpu": 64, "cuda": 1024}
+"""At least, measured on a CPU (docs/log.md): short rows cost less attention, but repeat more where texts are long."""
 CHUNK_TOKENS = {"cpu": 1536, "cuda": 16384}
 """On a CPU what a pass costs in Python weighs less in 1,536 tokens than in 1,024; in more, groups of rows are padded more."""
 

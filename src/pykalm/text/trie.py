@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class TokenTrie:
 
     token_ids, depths (T,): the token of a node, and its distance from the root, which is its position id.
     ends (T,): the index just after the last descendant. Node i sees node j ⇔ j ≤ i < ends[j]; that is the whole mask.
-    twins (T,): the node that stands for all of the same prefix; another one where a cut repeats it, in a trie that is shared.
+    twins (T,): the node that stands for all of the same prefix; another one where a cut repeats it.
     row_starts (rows + 1,): row k is the nodes row_starts[k] : row_starts[k + 1]; no node sees beyond its row.
     paths (N, longest): the node of every token of every text, in the order the texts were given; −1 past its end.
     lengths (N,): tokens of every text.
@@ -144,9 +144,7 @@ def build_trie(texts: Texts | Sequence[TokenIds], *, row_tokens: int, share: boo
     packed = ranges(starts[pieces], np.diff(np.append(starts, len(order)))[pieces])
     row_starts = starts_of(sizes[pieces])[row_starts]
     trie = _lay_out(tokens[packed], order[packed], lengths, shared[packed], row_starts=row_starts, is_shared=share)
-    if share and len(starts) > 1:
-        _tell_twins(trie, order, uncut)
-    return trie
+    return replace(trie, twins=_twins(trie, order, uncut)) if len(starts) > 1 else trie
 
 
 def row_group(trie: TokenTrie, rows: IntArray) -> RowGroup:
@@ -266,14 +264,15 @@ def _lay_out(
     )
 
 
-def _tell_twins(trie: TokenTrie, order: IntArray, shared: IntArray) -> None:
-    """Fill in the twins of a trie that is cut; shared: how many first tokens each sorted text shares with the one before it.
+def _twins(trie: TokenTrie, order: IntArray, shared: IntArray) -> SmallIntArray:
+    """Return the twins of a trie that is cut; shared: how many first tokens each sorted text shares with the one before it.
 
-    A text lays down what it does not share; the others find at every depth what was laid down last.
+    A text lays down what it does not share; those after it find at every depth what was laid down last.
     """
-    paths = trie.paths[order]
+    paths, twins = trie.paths[order], trie.twins.copy()
     depth = np.arange(paths.shape[1])
     text = np.where(depth >= shared[:, None], np.arange(len(paths))[:, None], 0)
     np.maximum.accumulate(text, axis=0, out=text)
     inside = paths >= 0
-    trie.twins[paths[inside]] = paths[text, depth][inside]
+    twins[paths[inside]] = paths[text, depth][inside]
+    return twins
