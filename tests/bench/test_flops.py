@@ -1,5 +1,7 @@
 """Claims about the count of useful operations: it is PyTorch's own count where both count the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,20 @@ def test_a_batch_needs_its_distinct_prefixes_once_and_logits_where_loss_is() -> 
     per_unread = cost.unread_forward + cost.unread_backward
     whole = len(prefixes) * per_token + seen * per_seen + logits * per_logit
     assert useful_flops(cost, batch) == whole - unread * per_unread < whole
+
+
+def test_what_a_batch_needs_does_not_depend_on_its_rows() -> None:
+    """In one row, in rows that repeat much, and with a row for every text; texts of the base model's are read too."""
+    counts = []
+    for settings in ({"row_tokens": 1000}, {"row_tokens": 24}, {"row_tokens": 64}, {"packed": False}):
+        encoder = tiny_encoder(chunk_tokens=1000)
+        for name, value in settings.items():
+            setattr(encoder, name, value)
+        batch = build_batch(encoder, tiny_verbalizer(tiny_graph()), own=2)
+        counts.append(useful_flops(model_cost(encoder), batch))
+    assert len(set(counts)) == 1
+    nobody_reads = dataclasses.replace(batch, own_nodes=batch.own_nodes[:0])
+    assert useful_flops(model_cost(encoder), nobody_reads) < counts[0]
 
 
 def _texts(encoder: Encoder, verbalizer: object) -> list[list[int]]:

@@ -16,6 +16,8 @@ from pykalm.learn.batches import Batch, BatchBuilder
 from pykalm.learn.step import StepLoss, joint_gradient
 from pykalm.model.adapters import add_adapter
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import can_be_narrowed
+from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.own_texts import OwnTexts
 from pykalm.text.verbalize import Verbalizer
 from tests.tiny_models import TOKENIZER_SIZE, tiny_model, tiny_tokenizer
@@ -62,6 +64,13 @@ def tiny_encoder(family: str = "llama", *, dropout: float = 0.0, **settings: Any
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return Encoder(model, source_fingerprint=family, packed=family != "mamba", **settings)
+
+
+def sparing(encoder: Encoder) -> Encoder:
+    """Let an encoder of a family that can leave out all that the start check lets it leave out."""
+    encoder.use_attention(MATMUL_ATTENTION)
+    encoder.reads_unpadded, encoder.narrows = True, can_be_narrowed(encoder.causal_lm)
+    return encoder
 
 
 def tiny_own_texts() -> OwnTexts:

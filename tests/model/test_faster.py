@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
@@ -214,6 +215,45 @@ def test_a_mask_that_learns_has_its_gradient() -> None:
     (found * above).sum().backward()
     (wanted.transpose(1, 2) * above).sum().backward()
     assert torch.allclose(masks[0].grad, masks[1].grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_several_rows_see_learn_from_all_of_them(dtype: torch.dtype) -> None:
+    """Four texts of 35 tokens, of which the first 20 are the same, in rows of 40; against plain attention of prefixes."""
+    texts = [
+        *(np.concatenate([np.arange(20), 100 * number + np.arange(15)]) for number in range(1, 5)),
+        np.arange(900, 930),
+    ]
+    trie = build_trie(texts, row_tokens=40)
+    group = row_group(trie, np.arange(len(trie.row_lengths)))
+    where, config = unpadded.layout(group), SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    given = unpadded.arguments(config, group, where, dtype)
+    count = len(where.chosen)
+    assert (count, trie.num_nodes) == (110, 170)
+    rows, columns = np.divmod(where.chosen, group.ends.shape[1])
+    sees = torch.zeros(count, count, dtype=torch.bool)
+    for token, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        seen = np.flatnonzero(group.ends[row, : column + 1] > column)
+        sees[token, where.of[row * group.ends.shape[1] + seen]] = True
+    assert sees.sum(1).tolist() == (group.depths.ravel()[where.chosen] + 1).tolist()
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1, count, 4, 8, generator=generator)
+    plain = [torch.randn(1, heads, count, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    query, key, value = plain[0], *(part.repeat_interleave(2, dim=1) for part in plain[1:])
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=sees).transpose(1, 2)
+    (wanted * weights).sum().backward()
+    parts = [part.detach().to(dtype).requires_grad_() for part in plain]
+    options = {unpadded.ARGUMENT: given[unpadded.ARGUMENT]}
+    found, _ = matmul_attention(torch.nn.Linear(1, 1), *parts, given["attention_mask"], **options)
+    (found.float() * weights).sum().backward()
+    for one, other in zip(
+        [wanted, *(part.grad for part in plain)], [found, *(part.grad for part in parts)], strict=True
+    ):
+        assert float((one - other).norm() / one.norm()) < (1e-5 if dtype == torch.float32 else 0.02)
+    single = row_group(trie, np.array([0]))
+    alone = unpadded.arguments(config, single, unpadded.layout(single), dtype)[unpadded.ARGUMENT]
+    assert len(alone.repeats) == len(alone.into) == 2  # so that a row which repeats nothing is no form of its own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from pykalm.model import likelihood
 from pykalm.model.encoder import Encoder
 from pykalm.model.likelihood import answer_log_likelihoods
 from pykalm.text.verbalize import Completions, Verbalizer
-from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.laws.common import sparing, tiny_encoder, tiny_graph, tiny_verbalizer
 from tests.tiny_models import FAMILIES
 
 # Two questions of one head, two of others, with six answers in all, one of them twice.
@@ -43,6 +43,9 @@ def test_likelihoods_equal_separate_passes_in_all_families(template: str) -> Non
         found = answer_log_likelihoods(encoder, completions)
         assert found == pytest.approx(read_alone(encoder, completions), abs=2e-4), family
         assert found[0] == found[-1]
+        if family in ("llama", "gpt2", "gemma3"):
+            spared = answer_log_likelihoods(sparing(encoder), completions)
+            assert spared == pytest.approx(found, abs=2e-4), family
 
 
 def test_every_position_before_an_answer_token_gets_its_logits_once_and_no_end_token_is_read(

@@ -123,6 +123,16 @@ def test_a_last_layer_that_cannot_be_computed_in_part_is_computed(
         assert (sound.packed, sound.unpadded, sound.narrows) == (True, True, True)
 
 
+def test_a_part_that_is_wrapped_and_prepared_again_is_narrowed_once() -> None:
+    """As by adapters that train a copy of it; without, the places of the inner one would be those of the outer one's input."""
+    encoder, verbalizer = tiny_encoder(row_tokens=48), tiny_verbalizer(tiny_graph())
+    packing.choose_passes(encoder, verbalizer)
+    layer = encoder.causal_lm.model.layers[-1]
+    layer.mlp = torch.nn.Sequential(layer.mlp)
+    packing.choose_passes(encoder, verbalizer)
+    assert encoder.narrows
+
+
 def test_the_last_layer_is_computed_in_full_where_a_pass_asks_for_all_or_computes_again() -> None:
     encoder = tiny_encoder(row_tokens=48)
     packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
@@ -130,6 +140,9 @@ def test_the_last_layer_is_computed_in_full_where_a_pass_asks_for_all_or_compute
     whole, part = encoder(group, shared=True), encoder(group, shared=True, wanted=np.array([7]))
     assert torch.allclose(part[7], whole[7], atol=1e-6)
     assert not torch.allclose(part[6], whole[6], atol=1e-3)
+    nothing = encoder(group, shared=True, wanted=np.zeros(0, dtype=np.int64))
+    assert nothing.shape == whole.shape
+    assert torch.isfinite(nothing).all()
     encoder.causal_lm.gradient_checkpointing_enable()
     again = encoder.train()(group, shared=True, wanted=np.array([7]))
     assert torch.allclose(again, whole, atol=1e-6)

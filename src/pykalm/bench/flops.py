@@ -100,9 +100,10 @@ def model_cost(encoder: Encoder) -> ModelCost:
 def useful_flops(cost: ModelCost, batch: Batch) -> int:
     """Return the operations that a batch needs. A sliding window is not taken off: texts are shorter than any."""
     depths = batch.trie.depths[np.unique(batch.trie.twins)]
-    read = np.unique(np.concatenate([batch.query_nodes, batch.candidate_nodes, batch.answer_nodes, batch.own_nodes]))
-    seen, logits = int((depths + 1).sum()), len(np.unique(batch.answer_nodes))
-    return cost.step(len(depths), seen, logits, len(depths) - len(read))
+    scored = np.unique(batch.trie.twins[batch.answer_nodes])
+    others = np.concatenate([batch.query_nodes, batch.candidate_nodes, batch.own_nodes])
+    read = np.union1d(scored, batch.trie.twins[others])
+    return cost.step(len(depths), int((depths + 1).sum()), len(scored), len(depths) - len(read))
 
 
 def _products(encoder: Encoder) -> list[_Product]:

@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,11 @@ def _some_rows(encoder: Encoder, builder: BatchBuilder, triples: IntArray) -> To
 
 
 def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
-    """Return the bytes that a token of a pass takes, forward and backward, and those that a pass takes besides."""
+    """Return the bytes that a token of a pass takes, forward and backward, and those that a pass takes besides.
+
+    As if rows repeated nothing, what is computed once for all that do, and every state were read: batches differ in both.
+    """
+    trie = replace(trie, twins=np.arange(trie.num_nodes, dtype=np.int32))
     small, large = (_longest_rows(encoder, trie, number) for number in (SMALL, LARGE))
     _pass_and_gradient(encoder, trie, SMALL)  # makes the gradients, which then are there
     low, high = (
@@ -233,7 +237,7 @@ def _bytes_of_a_pass(encoder: Encoder, trie: TokenTrie) -> tuple[float, float]:
 
 
 def _computed_tokens(encoder: Encoder, trie: TokenTrie, group: RowGroup) -> int:
-    """Return the tokens that a pass over some rows of a trie computes; what rows repeat counts, as where chunks are cut."""
+    """Return the tokens that a pass over some rows of a trie computes, which repeat nothing."""
     return int((group.nodes >= 0).sum()) if trie.shared and encoder.unpadded else group.nodes.size
 
 

@@ -18,6 +18,7 @@ from pykalm.memory import is_out_of_memory
 from pykalm.model import dropout, lora, matmul_attention, packed_weights
 from pykalm.model.dropout import drawing_from
 from pykalm.model.encoder import Encoder
+from pykalm.model.last_layer import feed_forward
 from pykalm.model.layers import find_layers
 from pykalm.model.side_by_side import side_by_side
 from pykalm.text.trie import RowGroup, build_trie, row_group
@@ -44,8 +45,11 @@ def compile_layers(encoder: Encoder) -> None:
                 "draw other dropout in compiled layers the second time. Turn one of the two off; training.memory_tokens "
                 "bounds memory too."
             )
-        # The last one computes few tokens only, at places that are a thread's own: no matter of a compiler.
-        for layer in _layers(encoder)[: -1 if encoder.narrows else None]:
+        # One that computes few tokens only, at places that are a thread's own, is no matter of a compiler.
+        narrow = feed_forward(encoder.causal_lm) if encoder.narrow else None
+        for layer in _layers(encoder):
+            if narrow is not None and narrow[1] in layer.modules():
+                continue
             layer.compile(**_options(encoder.device), **limit)
             _compute_by(layer, layer._compiled_call_impl)
         encoder.is_compiled = True

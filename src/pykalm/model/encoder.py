@@ -189,7 +189,7 @@ class Encoder(nn.Module):
         return build_trie(texts, row_tokens=self.row_tokens, share=self.packed)
 
     def fill(self, trie: TokenTrie) -> float:
-        """Return the share of nodes among the tokens that passes over a trie compute, what attention alone pads left out."""
+        """Return the share of nodes among them and the padding that passes over a trie compute, that of attention left out."""
         if trie.shared and self.unpadded:
             return 1.0
         return trie.fill(self.chunk_tokens, self._width) if trie.shared else trie.fill(self.chunk_tokens)
@@ -232,9 +232,14 @@ class Encoder(nn.Module):
         """Return the places of the states that vectors of texts that end at `ends` are made of, and others; None for all."""
         return np.unique(np.concatenate([ends, *others])) if self.pooling == "last" else None
 
+    @property
+    def narrow(self) -> bool:
+        """Return whether passes compute the last layer's feed-forward part where they are told what is wanted of them."""
+        return self.narrows and self.pooling == "last" and self.device.type == "cpu" and not is_sharded(self)
+
     def _narrowed_to(self, places: IntArray | None) -> AbstractContextManager[None]:
         """Return the context of a pass of which only the states at some places (P,) of its flattened tokens are read."""
-        if places is None or not self.narrows or self.device.type != "cpu" or is_sharded(self) or self.computes_again:
+        if places is None or not self.narrow or self.computes_again:
             return nullcontext()
         return narrowed_to(torch.from_numpy(places if len(places) else np.zeros(1, dtype=np.int64)))
 

@@ -56,7 +56,7 @@ def narrowed_to(places: Tensor | None) -> Iterator[None]:
 def _narrow(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor] | None:
     """Return the input (1, P, D) at the places, of the input of all tokens (..., D)."""
     places = getattr(_own, "places", None)
-    if places is None:
+    if places is None or _own.shape is not None:  # a part that was prepared may be wrapped, and prepared again
         return None
     if len(arguments) != 1:
         raise TypeError(f"{type(module).__name__}: wanted one input by its place, found {len(arguments)}")
@@ -70,6 +70,7 @@ def _widen(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor
     shape: torch.Size | None = getattr(_own, "shape", None)
     if shape is None:
         return None
+    _own.shape = None
     if not isinstance(output, Tensor):
         raise TypeError(f"{type(module).__name__}: wanted one tensor, found {type(output).__name__}")
     whole = output.new_zeros(shape.numel(), output.shape[-1])

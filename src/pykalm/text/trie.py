@@ -38,7 +38,7 @@ class TokenTrie:
 
     @property
     def num_nodes(self) -> int:
-        """Return T, the number of tokens that a pass computes."""
+        """Return T, the number of tokens in rows; those that rows repeat may be computed once."""
         return len(self.token_ids)
 
     @property
@@ -270,8 +270,8 @@ def _twins(trie: TokenTrie, order: IntArray, shared: IntArray) -> SmallIntArray:
     A text lays down what it does not share; those after it find at every depth what was laid down last.
     """
     paths, twins = trie.paths[order], trie.twins.copy()
-    depth = np.arange(paths.shape[1])
-    text = np.where(depth >= shared[:, None], np.arange(len(paths))[:, None], 0)
+    depth = np.arange(paths.shape[1], dtype=np.int32)
+    text = np.where(depth >= shared[:, None], np.arange(len(paths), dtype=np.int32)[:, None], np.int32(0))
     np.maximum.accumulate(text, axis=0, out=text)
     inside = paths >= 0
     twins[paths[inside]] = paths[text, depth][inside]
