@@ -68,9 +68,10 @@ def test_links_are_measured_as_json_and_in_a_file(
 
 def test_links_are_measured_as_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "links", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert "has the capital" in printed
-    assert "MRR" in printed
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"Reading {run}: ")
+    assert "has the capital" in printed.out
+    assert "MRR" in printed.out
 
 
 def test_another_graph_is_measured(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

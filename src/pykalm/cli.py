@@ -16,7 +16,17 @@ import typer
 
 import pykalm
 from pykalm import cli_compare, cli_measures, cli_qa, cli_report
-from pykalm.cli_options import AsJson, AskedSplit, Baseline, Device, OtherGraph, RunFolder, label_of, show_measured
+from pykalm.cli_options import (
+    AsJson,
+    AskedSplit,
+    Baseline,
+    Device,
+    OtherGraph,
+    RunFolder,
+    label_of,
+    opened,
+    show_measured,
+)
 from pykalm.config import load_config, load_kept_config
 from pykalm.errors import KalmError, RunError, UsageError
 from pykalm.launch import launched_rank, num_launched
@@ -186,7 +196,7 @@ def evaluate_links(
     as_json: AsJson = False,
 ) -> None:
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
-    run = pykalm.load_run(folder, device=device)
+    run = opened(folder, device)
     label = label_of(baseline)
 
     def measure() -> "LinkPredictionReport":
@@ -221,7 +231,7 @@ def predict(
     if (head is None) == (tail is None):
         found = "neither" if head is None else "both"
         raise UsageError(f"wanted one of --head and --tail, found {found}. The other one is what is asked.")
-    run = pykalm.load_run(folder, device=device)
+    run = opened(folder, device)
     prediction = pykalm.predict(
         run, head=head, tail=tail, relation=relation, k=k, free_text=free_text, hide_known=hide_known
     )

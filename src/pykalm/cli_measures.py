@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, listed, show_measured
+from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, listed, opened, show_measured
 from pykalm.terminal import say, show_progress
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def evaluate_language(
     as_json: AsJson = False,
 ) -> None:
     """Measure what is left of the language: perplexity on plain texts, and any task of lm-eval."""
-    run = pykalm.load_run(folder, device=device)
+    run = opened(folder, device)
 
     def measure(is_baseline: bool) -> "LanguageReport":
         with show_progress("reading") as watch:
@@ -79,7 +79,7 @@ def evaluate_geometry(
     as_json: AsJson = False,
 ) -> None:
     """Measure how the vectors of queries, candidates and plain sentences lie, and Theorem 1."""
-    run = pykalm.load_run(folder, device=device)
+    run = opened(folder, device)
 
     def measure(is_baseline: bool) -> "GeometryReport":
         with show_progress("measuring") as watch:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import pykalm
 from pykalm.terminal import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from pykalm.model.run import Run
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that `kalm train` wrote.")]
@@ -22,6 +25,12 @@ OtherGraph = Annotated[str | None, typer.Option(help="Another graph, of which th
 def listed(names: str | None) -> tuple[str, ...]:
     """Return the names of a list with commas."""
     return tuple(name.strip() for name in (names or "").split(",") if name.strip())
+
+
+def opened(folder: Path, device: str | None) -> "Run":
+    """Return the run of a folder; what takes some seconds is said before."""
+    say(f"Reading {folder}: its graph, base model and learned weights ...")
+    return pykalm.load_run(folder, device=device)
 
 
 def label_of(is_baseline: bool) -> str:

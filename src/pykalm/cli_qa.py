@@ -14,6 +14,7 @@ from pykalm.cli_options import (
     RunFolder,
     label_of,
     listed,
+    opened,
     show_measured,
 )
 from pykalm.terminal import say, show_progress
@@ -53,7 +54,7 @@ def evaluate_qa(
 
     Interrupted, it goes on where it stopped when it is called again.
     """
-    run = pykalm.load_run(folder, device=device)
+    run = opened(folder, device)
 
     def measure() -> "QaReport":
         with show_progress("asking") as watch:

@@ -115,28 +115,13 @@ class Trainer:
             with built_ahead(self._build, self.num_steps, start=progress.step, device=self.encoder.device) as batch_at:
                 while progress.step < self.num_steps and not progress.finished:
                     speed.start()
-                    step, rate = progress.step, learning_rate(progress.step, self.num_steps, self.config)
-                    batch, share = batch_at(step)
-                    with _step_randomness(self.config.seed, step, self.encoder.device):
-                        loss = joint_gradient(
-                            self.encoder,
-                            batch,
-                            self.config.objective,
-                            memory_tokens=training.memory_tokens,
-                            share=share,
-                        )
-                    norm = clip_gradients(parameters.values(), training.clip_norm)
-                    _require_numbers(loss, norm, step, progress)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    _require_temperature(self.encoder.temperature(), step, progress)
+                    batch, share = batch_at(progress.step)
+                    loss, norm = self._learn(batch, share, optimizer, progress)
                     progress.step += 1
-                    speed.stop(batch)
+                    speed.stop()
                     due = progress.step % evaluate_every == 0 or progress.step == self.num_steps
                     mrr = self._evaluate(progress) if due else None
-                    report = self._report(progress, batch, loss, norm, rate, speed, mrr)
+                    report = self._report(progress, batch, loss, norm, speed, mrr)
                     if is_main():
                         metrics.write(**vars(report))
                         track(vars(report))
@@ -149,6 +134,28 @@ class Trainer:
                     if stopped:
                         raise KeyboardInterrupt
         return progress
+
+    def _learn(
+        self, batch: Batch, share: Share, optimizer: torch.optim.Optimizer, progress: Progress
+    ) -> tuple[StepLoss, float]:
+        """Take a step; return its losses and the norm of its gradient. Raises TrainingError where one is no number."""
+        step, training = progress.step, self.config.training
+        with _step_randomness(self.config.seed, step, self.encoder.device):
+            loss = joint_gradient(
+                self.encoder, batch, self.config.objective, memory_tokens=training.memory_tokens, share=share
+            )
+        norm = clip_gradients(self.encoder.trainable().values(), training.clip_norm)
+        _require_numbers(loss, norm, step, progress)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        _require_temperature(self.encoder.temperature(), step, progress)
+        return loss, norm
+
+    def _rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        return learning_rate(step, self.num_steps, self.config)
 
     def _batch(self, step: int) -> Batch:
         """Return the batch of a step, a function of seed and step alone."""
@@ -187,9 +194,8 @@ class Trainer:
         return mrr
 
     def _report(
-        self, progress: Progress, batch: Batch, loss: StepLoss, norm: float, rate: float, speed: "_Speed",
-        mrr: float | None,
-    ) -> StepReport:  # fmt: skip
+        self, progress: Progress, batch: Batch, loss: StepLoss, norm: float, speed: "_Speed", mrr: float | None
+    ) -> StepReport:
         seconds = speed.seconds_per_step()
         return StepReport(
             step=progress.step,
@@ -200,7 +206,7 @@ class Trainer:
             implicit=loss.implicit,
             kl=loss.kl,
             temperature=self.encoder.temperature(),
-            learning_rate=rate,
+            learning_rate=self._rate(progress.step - 1),
             gradient_norm=norm,
             examples_per_second=batch.num_triples / speed.last,
             tokens_per_second=batch.trie.num_nodes / speed.last,
@@ -302,7 +308,7 @@ class _Speed:
     def start(self) -> None:
         self.started = time.perf_counter()
 
-    def stop(self, batch: Batch) -> None:
+    def stop(self) -> None:
         self.last = time.perf_counter() - self.started
         self.recent.append(self.last)
 
