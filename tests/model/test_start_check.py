@@ -140,7 +140,12 @@ def test_the_last_layer_is_computed_in_full_where_a_pass_asks_for_all_or_compute
     whole, part = encoder(group, shared=True), encoder(group, shared=True, wanted=np.array([7]))
     assert torch.allclose(part[7], whole[7], atol=1e-6)
     assert not torch.allclose(part[6], whole[6], atol=1e-3)
+    computed: list[torch.Size] = []
+    part_of_last = encoder.causal_lm.model.layers[-1].mlp
+    noted = part_of_last.register_forward_hook(lambda module, inputs, output: computed.append(inputs[0].shape))
     nothing = encoder(group, shared=True, wanted=np.zeros(0, dtype=np.int64))
+    noted.remove()
+    assert computed == [(1, 1, encoder.width)]  # not every part takes no token at all
     assert nothing.shape == whole.shape
     assert torch.isfinite(nothing).all()
     encoder.causal_lm.gradient_checkpointing_enable()
