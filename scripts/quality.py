@@ -1,7 +1,7 @@
 """Compare what systems learn, not how fast they are: at equal examples, or at equal training time.
 
     sh scripts/quality examples --out DIR      # published recipe and kalm on exactly the same triples, test MRR
-    sh scripts/quality time --out DIR          # ways of batching, valid MRR against time
+    sh scripts/quality time --out DIR          # the same and neighbourhoods, valid MRR against time
     sh scripts/quality show --out DIR          # tables and a figure of what is there
 
 Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bank import EntityBank
 from matplotlib.figure import Figure
 
 from pykalm.api import batch_builder, triple_order
@@ -49,11 +51,15 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {"objective": {"self_negatives": "none"}, "training": {"directions": "together"}},
 }
 """What each of kalm's systems changes in the default settings; the last two are compared with `together`."""
+BANKS: dict[str, dict[str, Any]] = {"bank": {}, "young-bank": {"age": 8}, "momentum-bank": {"momentum": 0.5}}
+"""Neighbourhoods with vectors of earlier steps as further negatives, and of which kind (scripts/bank.py)."""
+WAYS |= dict.fromkeys(BANKS, WAYS["neighbourhood"])
 SYSTEMS = {PUBLISHED, *WAYS}
-EXAMPLES, TIME = ("random", PUBLISHED), ("random", "neighbourhood")
+EXAMPLES, TIME = ("random", PUBLISHED), ("random", "neighbourhood", PUBLISHED)
 SMALL_BATCH = BATCH_SIZE // 2
 """Triples of a step at equal examples: both directions of them are as many examples as a published step has."""
 TIMED_BATCH = 64
+"""Triples of a step of kalm at equal time; the published recipe takes its own, SMALL_BATCH."""
 RATE, WARM_UP = 1e-3, 0.1
 COLOURS = {
     "random": "#2a6f97",
@@ -62,6 +68,10 @@ COLOURS = {
     "apart": "#a44a3f",
     "among": "#8a8a8a",
     "none": "#b08bbb",
+    PUBLISHED: "#4a4a4a",
+    "bank": "#8e3b8a",
+    "young-bank": "#c06c9b",
+    "momentum-bank": "#6f5aa8",
 }
 
 
@@ -120,7 +130,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--triples", type=int, default=1024, help="budget of `examples`")
     parser.add_argument("--seconds", type=float, default=120, help="budget of `time`")
     parser.add_argument(
-        "--batch-size", type=int, help=f"triples of a step: {SMALL_BATCH} for `examples`, {TIMED_BATCH} for `time`"
+        "--batch-size",
+        type=int,
+        help=f"triples of a step; by default {SMALL_BATCH} for `examples` and the published recipe, else {TIMED_BATCH}",
     )
     parser.add_argument("--processes", type=int, default=2, help="trials side by side")
     return parser.parse_args()
@@ -132,11 +144,12 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     systems = given.systems.split(",") if given.systems else EXAMPLES if by_examples else TIME
     if unknown := set(systems) - SYSTEMS:
         raise SystemExit(f"quality: wanted some of {', '.join(sorted(SYSTEMS))}, found {', '.join(sorted(unknown))}.")
-    budget: dict[str, Any] = {"triples": given.triples, "batch_size": given.batch_size or SMALL_BATCH} if by_examples else {
-        "seconds": given.seconds, "batch_size": given.batch_size or TIMED_BATCH}  # fmt: skip
+    budget: dict[str, Any] = {"triples": given.triples} if by_examples else {"seconds": given.seconds}
     for seed in map(int, given.seeds.split(",")):
         for graph in given.graphs.split(","):
-            yield from (Trial(graph, system, seed, **budget) for system in systems)
+            for system in systems:
+                own = SMALL_BATCH if by_examples or system == PUBLISHED else TIMED_BATCH
+                yield Trial(graph, system, seed, given.batch_size or own, **budget)
 
 
 def run(trial: Trial, out: Path) -> str:
@@ -231,9 +244,13 @@ def published_steps(trial: Trial, prepared: Run, learned: KnowledgeGraph) -> Ite
 def own_steps(trial: Trial, prepared: Run, order: TripleOrder) -> Iterator[float]:
     """Take steps as `kalm train` does; masked is what the whole graph holds."""
     builder = batch_builder(prepared)
+    kind = BANKS.get(trial.system)
+    bank = None if kind is None else EntityBank(builder, prepared.encoder.width, **kind)
     for number in range(10**9):
-        batch = builder.build(order.at(number), np.random.default_rng([trial.seed, number, 1]))
-        joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
+        triples = order.at(number)
+        batch = builder.build(triples, np.random.default_rng([trial.seed, number, 1]))
+        with nullcontext() if bank is None else bank.beside(batch, triples):
+            joint_gradient(prepared.encoder, batch, prepared.config.objective, memory_tokens=1 << 20)
         yield batch.num_triples
 
 

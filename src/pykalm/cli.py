@@ -257,7 +257,10 @@ def bench(
     *,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON file; bench/results.json, or runs/bench-quick.json with --quick."),
+        typer.Option(
+            metavar="FILE",
+            help="JSON file; bench/results.json, runs/bench-part.json with --only, runs/bench-quick.json with --quick.",
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small and short, on the bundled graph: does it work?")
@@ -276,7 +279,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast kalm is beside the published recipe and others, in one run on this machine."""
-    out = out or Path("runs/bench-quick.json" if quick else "bench/results.json")  # the short form shows no speed
+    # The short form shows no speed, and a part must not take the place of the whole.
+    out = out or Path("runs/bench-quick.json" if quick else "runs/bench-part.json" if only else "bench/results.json")
     say(f"Measuring, for {out} ...")
     lists = {"only": only, "graphs": graphs}
     given = {name: tuple(filter(None, value.split(","))) if value else None for name, value in lists.items()}

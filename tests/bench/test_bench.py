@@ -145,11 +145,13 @@ def test_the_other_figures_are_there(results: dict[str, Any]) -> None:
     assert results["rank"]["equal_ranks"] is True
     assert results["rank"]["ratio_to_published"] > 0
     assert results["rank"]["peak_memory"] >= 0
-    assert {part["unit"] for part in results["scaling"]} == {
-        "seconds per triple",
-        "bytes per triple",
-        "seconds per score",
-    }
+    found = {(part["what"].split(" of people")[0].split(" 256")[0], part["unit"]) for part in results["scaling"]}
+    assert found == {
+        ("building a batch", "seconds per triple"), ("building a batch of 4", "seconds per triple"),
+        ("a step", "seconds per triple"), ("a step", "bytes per triple"), ("ordering an epoch", "bytes per triple"),
+        ("ranking", "seconds per score"), ("ranking", "bytes above the vectors"),
+    }  # fmt: skip
+    assert len(results["scaling"]) == 2 * (1 + 2 + 2) + 2  # both ways of batching, but for ranking
 
 
 def test_pykeen_is_measured_or_said_to_be_missing(results: dict[str, Any]) -> None:
@@ -215,3 +217,16 @@ def test_an_unknown_measurement_is_refused(capsys: pytest.CaptureFixture[str], t
     assert cli.main(["bench", "--only", "train,speed", "--out", str(tmp_path / "results.json")]) == 2
     assert "found speed" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [([], "bench/results.json"), (["--only", "rank"], "runs/bench-part.json"), (["--quick"], "runs/bench-quick.json")],
+)
+def test_a_part_does_not_take_the_place_of_the_whole(
+    options: list[str], file: str, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any]
+) -> None:
+    written = []
+    monkeypatch.setattr("pykalm.run_bench", lambda out, **_: (written.append(out), results)[1], raising=False)
+    assert cli.main(["bench", *options]) == 0
+    assert written == [Path(file)]

@@ -76,15 +76,27 @@ def test_an_epoch_sees_both_directions_of_every_triple_once(training: dict[str, 
     assert sorted(seen) == sorted(rows(graph.both_directions("train")))
 
 
-def test_directions_that_are_drawn_apart_seldom_meet() -> None:
-    """Of 200 triples in steps of 10 a triple meets its inverse in one of 20 steps, by chance."""
-    chain = numbered(200)
+def order_of_a_chain(**training: object) -> TripleOrder:
+    """Return the order in which a training with these settings takes 200 triples, of which each leads to the next."""
     graph = dataclasses.replace(
-        tiny_graph(), splits={"train": chain}, entity_ids=tuple(map(str, range(201))),
+        tiny_graph(), splits={"train": numbered(200)}, entity_ids=tuple(map(str, range(201))),
         entity_names=tuple(map(str, range(201))), entity_descriptions=("",) * 201,
     )  # fmt: skip
-    config = Config.model_validate({"graph": "people", "training": {"batch_size": 10}})
-    order = api.triple_order(Run(Path("nowhere"), config, graph, tiny_encoder(), tiny_verbalizer(graph)))
+    config = Config.model_validate({"graph": "people", "training": training})
+    return api.triple_order(Run(Path("nowhere"), config, graph, tiny_encoder(), tiny_verbalizer(graph)))
+
+
+def test_neighbourhoods_are_taken_where_the_settings_say_so() -> None:
+    """Ten triples that hang together have hardly more entities than triples; of ten that do not each has two of its own."""
+    for batching, fewest, most in (("neighbourhood", 11, 14), ("random", 16, 20)):
+        order = order_of_a_chain(batch_size=10, batching=batching, directions="together")
+        sizes = [len(np.unique(order.at(step)[:, [0, 2]])) for step in range(5)]
+        assert fewest <= np.median(sizes) <= most, batching
+
+
+def test_directions_that_are_drawn_apart_seldom_meet() -> None:
+    """Of 200 triples in steps of 10 a triple meets its inverse in one of 20 steps, by chance."""
+    order = order_of_a_chain(batch_size=10)
     met = 0
     for step in range(order.steps_per_epoch):
         heads, _, tails = order.at(step).T
@@ -103,10 +115,6 @@ def test_directed_triples_are_completed_as_often_as_others() -> None:
 def test_neighbourhoods_of_directed_triples_are_refused() -> None:
     with pytest.raises(ConfigError, match="directions is apart; found neighbourhood"):
         load_config(graph="umls", training={"batching": "neighbourhood", "directions": "apart"})
-
-
-def test_inverse_rows_are_told_from_forward_ones() -> None:
-    assert rows(both_directions(np.array([[5, 1, 7], [2, 0, 2]]), num_relations=3)[2:]) == [(7, 4, 5), (2, 3, 2)]
 
 
 def builder(share: float, *, explicit: bool = True) -> BatchBuilder:

@@ -15,7 +15,7 @@ from pykalm.bench.machine import describe_machine, keep_freed_memory
 from pykalm.bench.plan import QUICK, Plan, Workshop, with_changes
 from pykalm.bench.published import BATCH_SIZE, COMPLETIONS
 from pykalm.bench.ranking import measure_ranking
-from pykalm.bench.scaling import measure_scaling
+from pykalm.bench.scaling import Part, scaling_parts
 from pykalm.bench.timing import Spread
 from pykalm.bench.training import GraphTraining, TrainingSpeed, measure_training
 from pykalm.bench.utilisation import Utilisation, measure_utilisation
@@ -58,13 +58,18 @@ def _jobs(plan: Plan) -> list[tuple[str, Callable[[Workshop], Results]]]:
         "utilisation": [("utilisation", lambda shop: {"train": _utilisation(measure_utilisation(shop, first))})],
         "embed": [("embedding", lambda shop: {"embed": plain(measure_embedding(shop, first))})],
         "rank": [("ranking", lambda shop: {"rank": plain(measure_ranking(shop, first))})],
-        "scaling": [("scaling", lambda shop: {"scaling": [plain(part) for part in measure_scaling(shop)]})],
     }
+    if "scaling" in plan.only:
+        jobs["scaling"] = [(f"scaling: {note}", _scaling_job(part)) for note, part in scaling_parts(plan)]
     return [job for name in plan.only for job in jobs[name]]
 
 
 def _training_job(graph: str) -> Callable[[Workshop], Results]:
     return lambda shop: {"train": {shop.graph(graph).name: _training(measure_training(shop, graph))}}
+
+
+def _scaling_job(part: Part) -> Callable[[Workshop], Results]:
+    return lambda shop: {"scaling": [plain(found) for found in part(shop)]}
 
 
 def _training(measured: GraphTraining) -> Results:
@@ -127,10 +132,12 @@ def _load_average() -> float | None:
 
 
 def _join(results: Results, new: Results) -> None:
-    """Put a measurement's data among those that are there, `train` being filled by several."""
+    """Put a measurement's data among those that are there, `train` and `scaling` being filled by several."""
     for name, value in new.items():
         if isinstance(value, dict) and isinstance(results.get(name), dict):
             _join(results[name], value)
+        elif isinstance(value, list) and name in results:
+            results[name] += value
         else:
             results[name] = value
 

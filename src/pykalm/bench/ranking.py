@@ -130,7 +130,8 @@ def kalm_ranks(task: RankingTask) -> FloatArray:
     """Return the realistic ranks (B,) as `kalm evaluate links` computes them."""
     index = EntityIndex(task.entities, np.arange(len(task.entities)), fingerprint="")
     triples = task.graph.triples(task.split)
-    return np.concatenate([side.realistic for side in rank_links(task.graph, index, task.query, triples)])
+    sides = rank_links(task.graph, index, task.query, triples, device=task.query.device)
+    return np.concatenate([side.realistic for side in sides])
 
 
 def published_ranks(task: RankingTask, sample: IntArray, known: set[tuple[int, ...]]) -> FloatArray:

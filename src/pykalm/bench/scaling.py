@@ -1,30 +1,40 @@
 """What a triple costs as batches and graphs grow: it must stay flat."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from pykalm.api import batch_builder
 from pykalm.bench.machine import peak_memory
-from pykalm.bench.plan import BATCHINGS, Workshop, generator
-from pykalm.bench.ranking import whole_numbers
+from pykalm.bench.plan import BATCHINGS, Plan, Workshop, generator
+from pykalm.bench.ranking import in_own_process, whole_numbers
 from pykalm.bench.timing import interleaved, time_call
+from pykalm.errors import GraphError
 from pykalm.evaluate.ranking import rank
+from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import IntArray
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.step import joint_gradient
-from pykalm.model.run import Run
 
 HOST_BATCHES = (64, 128, 256, 512, 1024, 2048)
 STEP_BATCHES = (32, 64, 128, 256)
 GRAPH_SHARES = (0.1, 0.5, 1.0)
-GRAPHS = ("wn18rr", "fb15k-237", "wordnet30-full")
+LARGE_GRAPH = "wordnet30-full"
+"""Measured too where it lies in a folder of $KALM_DATA: it cannot be fetched."""
 RANKED_ENTITIES = (10_000, 100_000, 1_000_000)
 RANKED_WIDTH, RANKED_QUERIES = 64, 256
 KNOWN_PER_QUERY = 5
 BUILT_BATCHES = 3
+LOADED_BY = 1000
+"""Entities of a call that only loads code."""
+PAGE = 4096
+"""Bytes that are the least memory; a slope has no logarithm of 0."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,25 +58,44 @@ class Scaling:
         return Scaling(what, unit, sizes, cost, slope)
 
 
-def measure_scaling(workshop: Workshop) -> list[Scaling]:
-    """Measure cost against batch size and against graph size, on the host, of whole steps, and of ranking."""
-    plan = workshop.plan
-    run = workshop.run(plan.graphs[0])
-    host_batches = HOST_BATCHES[:2] if plan.quick else HOST_BATCHES
-    step_batches = (8, 16) if plan.quick else STEP_BATCHES
+Part = Callable[[Workshop], list[Scaling]]
+
+
+def scaling_parts(plan: Plan) -> list[tuple[str, Part]]:
+    """Return what is measured against batch size and against graph size, each with a word for it."""
+    first = plan.graphs[0]
+    host = HOST_BATCHES[:2] if plan.quick else HOST_BATCHES
+    steps = (8, 16) if plan.quick else STEP_BATCHES
     entities = RANKED_ENTITIES[:1] if plan.quick else RANKED_ENTITIES
-    found = [_building_by_batch(run, batching, host_batches) for batching in BATCHINGS]
-    found += _steps_by_batch(workshop, run, step_batches)
-    graphs = plan.graphs if plan.quick else GRAPHS
-    found += [_building_by_graph(workshop, name, batching) for name in graphs for batching in BATCHINGS]
-    return [*found, _ranking_by_entities(workshop, entities)]
+    parts: list[tuple[str, Part]] = []
+    for batching in BATCHINGS:
+        parts.append((f"building, {batching}", partial(_building_by_batch, graph=first, batching=batching, sizes=host)))
+        parts.append((f"steps, {batching}", partial(_steps_by_batch, graph=first, batching=batching, sizes=steps)))
+    graphs = [*plan.graphs, *([LARGE_GRAPH] if plan.graphs == Plan.graphs and _is_here(LARGE_GRAPH) else [])]
+    for graph in graphs:
+        parts += [
+            (f"building of {graph}, {name}", partial(_building_by_graph, graph=graph, batching=name))
+            for name in BATCHINGS
+        ]
+    return [*parts, ("ranking", partial(_ranking_by_entities, sizes=entities))]
 
 
-def _building_by_batch(run: Run, batching: str, sizes: Sequence[int]) -> Scaling:
+def _is_here(graph: str) -> bool:
+    """Return whether a graph that cannot be fetched is here, and say so where it is not."""
+    try:
+        load_graph(graph)
+    except GraphError:
+        log.warning("kalm: %s is in none of the folders of $KALM_DATA: scaling is measured without it.", graph)
+        return False
+    return True
+
+
+def _building_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Sequence[int]) -> list[Scaling]:
     """Time the ordering and building of batches, on the host, per triple."""
+    run = workshop.run(graph)
     builder, triples = batch_builder(run), run.graph.triples("train")
     costs = {size: _building_seconds(builder, triples, batching, size, run.config.seed) for size in sizes}
-    return Scaling.of(f"building a batch of {run.graph.name}, {batching}, by triples", "seconds per triple", costs)
+    return [Scaling.of(f"building a batch of {run.graph.name}, {batching}, by triples", "seconds per triple", costs)]
 
 
 def _building_seconds(builder: BatchBuilder, triples: IntArray, batching: str, batch_size: int, seed: int) -> float:
@@ -84,13 +113,14 @@ def _building_seconds(builder: BatchBuilder, triples: IntArray, batching: str, b
     return ordered + built.seconds / built.value
 
 
-def _steps_by_batch(workshop: Workshop, run: Run, sizes: Sequence[int]) -> list[Scaling]:
+def _steps_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Sequence[int]) -> list[Scaling]:
     """Time whole steps in one graph and take their peak memory, per triple; the sizes take turns."""
+    run = workshop.run(graph)
     builder, triples = batch_builder(run), run.graph.triples("train")
     peaks: dict[int, float] = {}
 
     def step(size: int, number: int) -> float:
-        chosen = TripleOrder(triples, size, run.config.seed, "random").at(number)
+        chosen = TripleOrder(triples, size, run.config.seed, batching).at(number)
 
         def whole_step() -> None:
             batch = builder.build(chosen, generator(run.config.seed, number, 6))
@@ -106,43 +136,75 @@ def _steps_by_batch(workshop: Workshop, run: Run, sizes: Sequence[int]) -> list[
     systems = {str(size): lambda number, size=size: step(size, number) for size in sizes}
     timed = interleaved(systems, repeats=1 if workshop.plan.quick else 2, device=workshop.device)
     seconds = {size: min(call.value for call in timed[str(size)]) for size in sizes}
-    what = f"a step of {run.graph.name}, random, by triples"
+    what = f"a step of {run.graph.name}, {batching}, by triples"
     return [Scaling.of(what, "seconds per triple", seconds), Scaling.of(what, "bytes per triple", peaks)]
 
 
-def _building_by_graph(workshop: Workshop, name: str, batching: str) -> Scaling:
-    """Time ordering and building per triple on parts of a graph, by their number of triples."""
-    run, size = workshop.run(name), workshop.batch_size
+def _building_by_graph(workshop: Workshop, *, graph: str, batching: str) -> list[Scaling]:
+    """Time ordering and building per triple on parts of a graph, by their number of triples, and take its memory."""
+    run, size = workshop.run(graph), workshop.batch_size
     triples, builder = run.graph.triples("train"), batch_builder(run)
-    costs: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    memory: dict[int, float] = {}
     for share in GRAPH_SHARES:
         chosen = generator(run.config.seed, 7).choice(len(triples), size=int(share * len(triples)), replace=False)
         part = triples[np.sort(chosen)]
-        costs[len(part)] = _building_seconds(builder, part, batching, size, run.config.seed)
-    what = f"building a batch of {size} of {run.graph.name}, {batching}, by the triples of the graph"
-    return Scaling.of(what, "seconds per triple", costs)
+        seconds[len(part)] = _building_seconds(builder, part, batching, size, run.config.seed)
+        memory[len(part)] = in_own_process(partial(_ordering_peak, part, batching, size)) / len(part)
+    where = f"of {run.graph.name}, {batching}, by the triples of the graph"
+    return [
+        Scaling.of(f"building a batch of {size} {where}", "seconds per triple", seconds),
+        Scaling.of(f"ordering an epoch {where}", "bytes per triple", memory),
+    ]
 
 
-def _ranking_by_entities(workshop: Workshop, sizes: Sequence[int]) -> Scaling:
-    """Time ranking per query and entity."""
-    costs = {size: _ranking_seconds(size, workshop) for size in sizes}
-    return Scaling.of(
-        f"ranking {RANKED_QUERIES} queries, width {RANKED_WIDTH}, by entities", "seconds per score", costs
-    )
+def _ordering_peak(triples: IntArray, batching: str, batch_size: int) -> int:
+    """Return the most memory that ordering all batches of an epoch takes, a page at least."""
+    order = TripleOrder(triples, batch_size, 0, batching)
+    call = partial(_every_batch, order)
+    return max(PAGE, peak_memory(call, torch.device("cpu")).peak_bytes)
 
 
-def _ranking_seconds(num_entities: int, workshop: Workshop) -> float:
-    draw = torch.Generator().manual_seed(workshop.plan.seed)
-    query, entities = (
-        whole_numbers(rows, RANKED_WIDTH, draw).to(workshop.device) for rows in (RANKED_QUERIES, num_entities)
-    )
-    numbers = generator(workshop.plan.seed, 8)
+def _every_batch(order: TripleOrder) -> None:
+    for step in range(order.steps_per_epoch):
+        order.at(step)
+
+
+def _ranking_by_entities(workshop: Workshop, *, sizes: Sequence[int]) -> list[Scaling]:
+    """Time ranking per query and entity, and take its memory above the vectors."""
+    what = f"ranking {RANKED_QUERIES} queries, width {RANKED_WIDTH}, by entities"
+    seed, device = workshop.plan.seed, workshop.device
+    seconds = {size: _ranking_seconds(size, seed, device) for size in sizes}
+    threads = torch.get_num_threads()
+    memory = {size: float(in_own_process(partial(_ranking_peak, size, seed, device, threads))) for size in sizes}
+    return [
+        Scaling.of(what, "seconds per score", seconds),
+        Scaling.of(what, "bytes above the vectors", memory),
+    ]
+
+
+def _ranking_call(num_entities: int, seed: int, device: torch.device) -> Callable[[], object]:
+    """Return a call that ranks some queries among so many entities."""
+    draw = torch.Generator().manual_seed(seed)
+    query, entities = (whole_numbers(rows, RANKED_WIDTH, draw).to(device) for rows in (RANKED_QUERIES, num_entities))
+    numbers = generator(seed, 8)
     known = np.stack([numbers.choice(num_entities, KNOWN_PER_QUERY, replace=False) for _ in range(RANKED_QUERIES)])
-    offsets = np.arange(RANKED_QUERIES + 1) * KNOWN_PER_QUERY
+    offsets, row_of_entity = np.arange(RANKED_QUERIES + 1) * KNOWN_PER_QUERY, np.arange(num_entities)
 
-    def call(number: int) -> object:
-        return rank(query, entities, row_of_entity=np.arange(num_entities), targets=known[:, 0],
-                    known=(offsets, known.ravel()))  # fmt: skip
+    def call() -> object:
+        return rank(query, entities, row_of_entity=row_of_entity, targets=known[:, 0], known=(offsets, known.ravel()),
+                    device=device)  # fmt: skip
 
-    timed = interleaved({"rank": call}, repeats=2, device=workshop.device)["rank"]
+    return call
+
+
+def _ranking_seconds(num_entities: int, seed: int, device: torch.device) -> float:
+    call = _ranking_call(num_entities, seed, device)
+    timed = interleaved({"rank": lambda number: call()}, repeats=2, device=device)["rank"]
     return min(part.seconds for part in timed) / (RANKED_QUERIES * num_entities)
+
+
+def _ranking_peak(num_entities: int, seed: int, device: torch.device, threads: int) -> int:
+    torch.set_num_threads(threads)
+    _ranking_call(LOADED_BY, seed, device)()  # loads what the first call loads
+    return max(PAGE, peak_memory(_ranking_call(num_entities, seed, device), device).peak_bytes)
