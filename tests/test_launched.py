@@ -1,4 +1,4 @@
-"""Two processes train, go on, measure and fail as one does, on the CPU, on a tiny graph and model; some by a launcher."""
+"""Two and four processes train, go on, measure and fail as one does, on a CPU and a tiny model; some by a launcher."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +24,22 @@ from tests.tiny_models import save_tiny_model
 pytestmark = pytest.mark.slow
 
 STEPS = {**SETTINGS, "adapter.dropout": 0, "training.max_steps": 6, "training.epochs": 9, "training.evaluate_every": 3}
-PLAIN: dict[str, str] = {}
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Say how many processes there are, and what their launcher sets beside the number of each."""
+
+    count: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Name it in a test's name."""
+        return f"{self.count}{', sharded' * bool(self.environment)}"
+
+
+ONE, TWO, FOUR, SHARDED, FOUR_SHARDED = Launch(1), Launch(2), Launch(4), Launch(2, FSDP), Launch(4, FSDP)
 # On a machine without a GPU --multi_gpu only means that there are many processes.
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
           "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
@@ -57,12 +72,12 @@ def train(folder: Path, out: Path, *, kind: str = "lora", resume: bool = False, 
         )
 
 
-def train_in(launch: dict[str, str] | None, *given: Any, **options: Any) -> None:
-    """Train in one process, or in two with what their launcher sets."""
-    if launch is None:
+def train_in(launch: Launch, *given: Any, **options: Any) -> None:
+    """Train in this process, or in those of a launch."""
+    if launch == ONE:
         train(*given, **options)
     else:
-        run_ranks(2, _train, given, options, environment=launch)
+        run_ranks(launch.count, _train, given, options, environment=launch.environment)
 
 
 def _train(given: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -86,9 +101,12 @@ def require_close(found: Path, wanted: Path) -> None:
         assert line == pytest.approx(other, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("launch", [PLAIN, SHARDED], ids=["plain", "sharded"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_train_as_one(made: Path, launch: dict[str, str], kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launch", "kind"),
+    [(TWO, "lora"), (TWO, "full"), (SHARDED, "lora"), (SHARDED, "full"), (FOUR, "lora"), (FOUR_SHARDED, "full")],
+    ids=str,
+)
+def test_processes_train_as_one(made: Path, launch: Launch, kind: str, tmp_path: Path) -> None:
     train_in(launch, made, tmp_path / "run", kind=kind)
     require_close(tmp_path / "run", made / kind)
     names = {file.name: file.stat().st_size for file in (made / kind / "adapter").iterdir()}
@@ -98,11 +116,11 @@ def test_two_processes_train_as_one(made: Path, launch: dict[str, str], kind: st
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(PLAIN, None), (None, PLAIN), (SHARDED, None), (None, SHARDED)],
-    ids=["two, then one", "one, then two", "sharded, then one", "one, then sharded"],
+    [(TWO, ONE), (ONE, TWO), (SHARDED, ONE), (ONE, SHARDED), (FOUR, TWO), (TWO, FOUR_SHARDED)],
+    ids=str,
 )
 def test_a_run_goes_on_with_another_number_of_processes(
-    made: Path, first: dict[str, str] | None, then: dict[str, str] | None, tmp_path: Path
+    made: Path, first: Launch, then: Launch, tmp_path: Path
 ) -> None:
     train_in(first, made, tmp_path / "run", stop_after=3)
     assert 3 <= len(timeless_metrics(tmp_path / "run")) < 6
@@ -110,15 +128,17 @@ def test_a_run_goes_on_with_another_number_of_processes(
     require_close(tmp_path / "run", made / "lora")
 
 
-@pytest.mark.parametrize("launch", [PLAIN, SHARDED], ids=["plain", "sharded"])
-def test_two_processes_find_the_ranks_of_one(made: Path, launch: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launch", [TWO, SHARDED, FOUR], ids=str)
+def test_processes_find_the_ranks_of_one(made: Path, launch: Launch, tmp_path: Path) -> None:
     found = []
-    for count in (1, 2):
+    for count in (1, launch.count):
         for old in ("index", "results"):
             for file in (made / "lora" / old).glob("*"):
                 file.unlink()
         arguments = ["evaluate", "links", str(made / "lora"), "--json"]
-        (code, out, _), *others = [kalm(arguments)] if count == 1 else run_ranks(2, kalm, arguments, environment=launch)
+        (code, out, _), *others = (
+            [kalm(arguments)] if count == 1 else run_ranks(count, kalm, arguments, environment=launch.environment)
+        )
         assert code == 0
         assert all(other == (0, "", "") for other in others)
         found.append((out, (made / "lora" / "results" / "links.ranks.tsv").read_bytes()))

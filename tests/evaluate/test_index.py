@@ -10,6 +10,7 @@ import torch
 from pykalm.errors import RunError
 from pykalm.model.index import (
     DESCRIPTION_FILE,
+    KEY_COLUMNS,
     VECTORS_FILE,
     EntityIndex,
     build_index,
@@ -46,6 +47,24 @@ def test_distinct_rows_give_back_the_rows_bit_for_bit() -> None:
     distinct, places = distinct_rows(rows)
     assert len(distinct) == 50
     assert torch.equal(distinct[torch.from_numpy(places)], rows)
+
+
+def test_rows_that_begin_alike_are_told_apart_by_the_rest() -> None:
+    """Of five rows with one beginning three differ; a sixth begins otherwise. The first of each is kept, in order."""
+    rows = torch.zeros(6, KEY_COLUMNS + 2)
+    rows[:, -1] = torch.tensor([3.0, 1.0, 3.0, 2.0, 1.0, 1.0])
+    rows[5, 0] = 1
+    distinct, places = distinct_rows(rows)
+    assert distinct[:, -1].tolist() == [3, 1, 2, 1]
+    assert places.tolist() == [0, 1, 0, 2, 1, 3]
+
+
+def test_vectors_that_all_differ_are_not_copied() -> None:
+    """Of millions a copy would take gigabytes."""
+    vectors = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    distinct, places = distinct_rows(vectors)
+    assert distinct.data_ptr() == vectors.data_ptr()
+    assert places.tolist() == list(range(20))
 
 
 def test_distinct_rows_take_minus_zero_for_zero() -> None:

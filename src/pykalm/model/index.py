@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pykalm.errors import ModelError, RunError
@@ -29,6 +30,7 @@ FORMAT = 1
 VECTORS_FILE = "entities.safetensors"
 DESCRIPTION_FILE = "index.json"
 VECTORS_AT_ONCE = 1 << 16
+KEY_COLUMNS = 8
 
 
 class TextEncoder(Protocol):
@@ -73,7 +75,7 @@ class EntityIndex:
         """Write the index; an interrupted save leaves the previous index or one that `load` refuses."""
         rows = torch.from_numpy(self.row_of_entity)
         tensors = {"vectors": self.vectors.contiguous(), "row_of_entity": rows}
-        replace_file(folder / VECTORS_FILE, lambda path: path.write_bytes(save(tensors)))
+        replace_file(folder / VECTORS_FILE, lambda path: save_file(tensors, path))
         description = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -181,14 +183,26 @@ def distinct_texts(texts: Texts | Sequence[TokenIds]) -> tuple[Texts, IntArray]:
 
 
 def distinct_rows(vectors: Tensor) -> tuple[Tensor, IntArray]:
-    """Keep the first of bitwise equal rows of vectors (N, D); returns (U, D) and each row's place there."""
+    """Keep the first of equal rows of vectors (N, D); returns (U, D), the given ones where all differ, and places there.
+
+    Rows are told apart by their first numbers, and only what these do not tell apart by all: a copy of millions of vectors
+    would take as much memory as they do.
+    """
+    _, group_of, size_of = np.unique(_row_keys(vectors[:, :KEY_COLUMNS]), return_inverse=True, return_counts=True)
+    alike = np.flatnonzero(size_of[group_of] > 1)
+    first_of = np.arange(len(vectors))
+    if len(alike):
+        _, first, same = np.unique(_row_keys(vectors[torch.from_numpy(alike)]), return_index=True, return_inverse=True)
+        first_of[alike] = alike[first[same]]
+    kept = np.unique(first_of)
+    found = vectors if len(kept) == len(vectors) else vectors[torch.from_numpy(kept)]
+    return found, np.searchsorted(kept, first_of)
+
+
+def _row_keys(vectors: Tensor) -> npt.NDArray[np.void]:
+    """Return the rows (N, D) as N keys of bytes, which are the same where numbers are."""
     values = np.ascontiguousarray((vectors + 0.0).numpy())  # adding zero turns -0.0 into 0.0
-    keys = values.view(np.dtype((np.void, values.dtype.itemsize * values.shape[1]))).ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # keeps the order of the rows
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return torch.from_numpy(values[first[order]]), place[inverse].astype(np.int64)
+    return values.view(np.dtype((np.void, values.dtype.itemsize * values.shape[1]))).ravel()
 
 
 def _require_fingerprint(found: str, expected: str, where: str) -> None:
