@@ -30,7 +30,10 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            draft.touch()
+            mode = draft.stat().st_mode & 0o666
             write(draft)
+            draft.chmod(mode)  # safetensors lets nobody else read its files
             _flush(draft)
             os.replace(draft, target)
         finally:
@@ -52,7 +55,7 @@ def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
         try:
             fill(draft)
             for file in draft.iterdir():
-                file.chmod(draft.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
+                file.chmod(draft.stat().st_mode & 0o666)  # as above
                 _flush(file)
             if target.exists():
                 target.rename(old)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from pykalm.bench.machine import peak_memory
 from pykalm.errors import RunError
+from pykalm.model import index as index_module
 from pykalm.model.index import (
     DESCRIPTION_FILE,
     KEY_COLUMNS,
@@ -59,12 +61,31 @@ def test_rows_that_begin_alike_are_told_apart_by_the_rest() -> None:
     assert places.tolist() == [0, 1, 0, 2, 1, 3]
 
 
-def test_vectors_that_all_differ_are_not_copied() -> None:
+def test_vectors_that_all_differ_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of millions a copy would take gigabytes."""
     vectors = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    widths: list[int] = []
+    keys = index_module._row_keys
+    monkeypatch.setattr(index_module, "_row_keys", lambda rows: (widths.append(rows.shape[1]), keys(rows))[1])
     distinct, places = distinct_rows(vectors)
+    assert widths == [KEY_COLUMNS]  # what is copied of them
     assert distinct.data_ptr() == vectors.data_ptr()
     assert places.tolist() == list(range(20))
+
+
+def test_saving_takes_no_second_copy_of_the_vectors(tmp_path: Path) -> None:
+    vectors = torch.randn(100_000, 64)  # 26 MB
+    index = EntityIndex(vectors, np.arange(len(vectors)), FINGERPRINT)
+    index.save(tmp_path / "first")  # loads what the first save loads
+    assert peak_memory(lambda: index.save(tmp_path / "index"), vectors.device).peak_bytes < vectors.nbytes / 2
+
+
+def test_saved_vectors_can_be_read_by_whoever_may_read_the_folder(tmp_path: Path) -> None:
+    saved_index(tmp_path)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert modes == {VECTORS_FILE: plain.stat().st_mode & 0o777, DESCRIPTION_FILE: plain.stat().st_mode & 0o777}
 
 
 def test_distinct_rows_take_minus_zero_for_zero() -> None:

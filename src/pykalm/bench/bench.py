@@ -136,8 +136,8 @@ def _join(results: Results, new: Results) -> None:
     for name, value in new.items():
         if isinstance(value, dict) and isinstance(results.get(name), dict):
             _join(results[name], value)
-        elif isinstance(value, list) and name in results:
-            results[name] += value
+        elif name == "scaling":
+            results[name] = [*results.get(name, []), *value]
         else:
             results[name] = value
 

@@ -72,6 +72,9 @@ class Plan:
             raise UsageError(f"wanted measurements among {', '.join(MEASUREMENTS)}, found {', '.join(unknown)}.")
         if not self.graphs:
             raise UsageError("wanted at least one graph, found none. Name some: --graphs wn18rr,codex-s")
+        for names in (self.only, self.graphs):
+            if len(set(names)) < len(names):
+                raise UsageError(f"wanted every name once, found {', '.join(names)}. Leave out what is there twice.")
 
 
 QUICK = Plan(graphs=("world",), repeats=1, batch_size=16, entities=64, loop_queries=5, quick=True)

@@ -181,5 +181,6 @@ def in_own_process(call: Callable[[], T]) -> T:
 def _ranking_peak(build: Callable[[], RankingTask], device: torch.device, threads: int) -> int:
     torch.set_num_threads(threads)
     task = build()
-    torch.ones(2, 2) @ torch.ones(2, 2)  # loads what the first product loads
+    square = torch.ones(2, 2, device=device)
+    square @ square  # loads what the first product loads
     return peak_memory(lambda: kalm_ranks(task), device).peak_bytes

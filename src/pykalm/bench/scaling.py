@@ -13,9 +13,8 @@ from pykalm.bench.machine import peak_memory
 from pykalm.bench.plan import BATCHINGS, Plan, Workshop, generator
 from pykalm.bench.ranking import in_own_process, whole_numbers
 from pykalm.bench.timing import interleaved, time_call
-from pykalm.errors import GraphError
 from pykalm.evaluate.ranking import rank
-from pykalm.graph.catalogue import load_graph
+from pykalm.graph.catalogue import list_graphs
 from pykalm.graph.graph import IntArray
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.step import joint_gradient
@@ -30,7 +29,7 @@ RANKED_WIDTH, RANKED_QUERIES = 64, 256
 KNOWN_PER_QUERY = 5
 BUILT_BATCHES = 3
 LOADED_BY = 1000
-"""Entities of a call that only loads code."""
+"""Entities, or triples, of a call that only loads code."""
 PAGE = 4096
 """Bytes that are the least memory; a slope has no logarithm of 0."""
 
@@ -82,20 +81,24 @@ def scaling_parts(plan: Plan) -> list[tuple[str, Part]]:
 
 def _is_here(graph: str) -> bool:
     """Return whether a graph that cannot be fetched is here, and say so where it is not."""
-    try:
-        load_graph(graph)
-    except GraphError:
+    is_here = any(entry.name == graph and entry.folder is not None for entry in list_graphs())
+    if not is_here:
         log.warning("kalm: %s is in none of the folders of $KALM_DATA: scaling is measured without it.", graph)
-        return False
-    return True
+    return is_here
 
 
 def _building_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Sequence[int]) -> list[Scaling]:
     """Time the ordering and building of batches, on the host, per triple."""
     run = workshop.run(graph)
     builder, triples = batch_builder(run), run.graph.triples("train")
+    sizes = _up_to(len(triples), sizes)
     costs = {size: _building_seconds(builder, triples, batching, size, run.config.seed) for size in sizes}
     return [Scaling.of(f"building a batch of {run.graph.name}, {batching}, by triples", "seconds per triple", costs)]
+
+
+def _up_to(most: int, sizes: Sequence[int]) -> list[int]:
+    """Return the sizes that a graph of so many triples has, its own where it is smaller than all."""
+    return [size for size in sizes if size <= most] or [most]
 
 
 def _building_seconds(builder: BatchBuilder, triples: IntArray, batching: str, batch_size: int, seed: int) -> float:
@@ -117,6 +120,7 @@ def _steps_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Seq
     """Time whole steps in one graph and take their peak memory, per triple; the sizes take turns."""
     run = workshop.run(graph)
     builder, triples = batch_builder(run), run.graph.triples("train")
+    sizes = _up_to(len(triples), sizes)
     peaks: dict[int, float] = {}
 
     def step(size: int, number: int) -> float:
@@ -130,7 +134,9 @@ def _steps_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Seq
         # Timed inside: the watch over memory has a start and an end of its own, the same for small batches and large.
         measured = peak_memory(lambda: time_call(whole_step, workshop.device), workshop.device)
         run.encoder.zero_grad()
-        peaks[size] = measured.peak_bytes / len(chosen)  # of the last round: the first one also loads what stays
+        peaks[size] = max(PAGE, measured.peak_bytes) / len(
+            chosen
+        )  # of the last round: the first one also loads what stays
         return measured.value.seconds / len(chosen)
 
     systems = {str(size): lambda number, size=size: step(size, number) for size in sizes}
@@ -146,8 +152,8 @@ def _building_by_graph(workshop: Workshop, *, graph: str, batching: str) -> list
     triples, builder = run.graph.triples("train"), batch_builder(run)
     seconds: dict[int, float] = {}
     memory: dict[int, float] = {}
-    for share in GRAPH_SHARES:
-        chosen = generator(run.config.seed, 7).choice(len(triples), size=int(share * len(triples)), replace=False)
+    for size_of_part in sorted({max(1, int(share * len(triples))) for share in GRAPH_SHARES}):
+        chosen = generator(run.config.seed, 7).choice(len(triples), size=size_of_part, replace=False)
         part = triples[np.sort(chosen)]
         seconds[len(part)] = _building_seconds(builder, part, batching, size, run.config.seed)
         memory[len(part)] = in_own_process(partial(_ordering_peak, part, batching, size)) / len(part)
@@ -160,8 +166,8 @@ def _building_by_graph(workshop: Workshop, *, graph: str, batching: str) -> list
 
 def _ordering_peak(triples: IntArray, batching: str, batch_size: int) -> int:
     """Return the most memory that ordering all batches of an epoch takes, a page at least."""
-    order = TripleOrder(triples, batch_size, 0, batching)
-    call = partial(_every_batch, order)
+    _every_batch(TripleOrder(triples[:LOADED_BY], batch_size, 1, batching))  # loads what the first call loads
+    call = partial(_every_batch, TripleOrder(triples, batch_size, 0, batching))
     return max(PAGE, peak_memory(call, torch.device("cpu")).peak_bytes)
 
 
