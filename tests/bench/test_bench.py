@@ -1,6 +1,8 @@
 """The whole bench on a tiny model and a tiny graph: what it writes, what it prints, what it refuses."""
 
 import json
+import os
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +17,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from pykalm import cli
 from pykalm.bench import machine, scaling, training, utilisation
-from pykalm.bench.bench import plain
+from pykalm.bench.bench import plain, run_bench
+from pykalm.bench.own_process import in_own_process
 from pykalm.bench.plan import Plan, Workshop, passes
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
 from pykalm.bench.table import bench_table
 from pykalm.bench.timing import Spread
 from pykalm.bench.training import Work
+from pykalm.errors import GraphError, OutOfMemoryError
 from pykalm.model import run as run_module
 from pykalm.model.attention import FLEX
 from pykalm.model.encoder import Encoder
@@ -230,3 +234,25 @@ def test_a_part_does_not_take_the_place_of_the_whole(
     monkeypatch.setattr("pykalm.run_bench", lambda out, **_: (written.append(out), results)[1], raising=False)
     assert cli.main(["bench", *options]) == 0
     assert written == [Path(file)]
+
+
+def test_every_measurement_of_the_long_form_has_a_process_of_its_own(tmp_path: Path) -> None:
+    """What it finds is joined here, and what it refuses is refused here."""
+    graph, model = write_graph(tmp_path / "people"), save_tiny_model(tmp_path / "model")
+    plan = {"model": str(model), "only": ("rank", "embed"), "device": "cpu", "threads": 1, "repeats": 1}
+    with mock.patch.object(Workshop, "open", side_effect=AssertionError("opened in this process")):
+        found = run_bench(out=tmp_path / "bench.json", graphs=(str(graph),), **plan)
+        assert {"format", "date", "settings", "machine", "rank", "embed"} == found.keys()
+        assert found["machine"]["threads"] == 1
+        assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")) == json.loads(json.dumps(found))
+        with pytest.raises(GraphError, match="nowhere"):
+            run_bench(graphs=("nowhere",), **plan)
+
+
+def test_a_process_that_is_ended_is_said() -> None:
+    with pytest.raises(OutOfMemoryError, match="found that it was ended"):
+        in_own_process(_end_oneself)
+
+
+def _end_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pykalm.bench.own_process import in_own_process
 from pykalm.bench.plan import BATCHINGS, Plan
-from pykalm.bench.ranking import in_own_process
 from pykalm.bench.scaling import LARGE_GRAPH, Scaling, _ordering_peak, _up_to, scaling_parts
 from pykalm.errors import UsageError
 

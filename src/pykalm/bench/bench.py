@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from pykalm.bench.embedding import measure_embedding
 from pykalm.bench.machine import describe_machine, keep_freed_memory
+from pykalm.bench.own_process import in_own_process
 from pykalm.bench.plan import QUICK, Plan, Workshop, with_changes
 from pykalm.bench.published import BATCH_SIZE, COMPLETIONS
 from pykalm.bench.ranking import measure_ranking
@@ -24,6 +26,7 @@ from pykalm.files import replace_file
 FORMAT = 1
 Watch = Callable[[int, int, str], None]
 Results = dict[str, Any]
+Measure = Callable[[Workshop], Results]
 
 
 def run_bench(
@@ -31,45 +34,72 @@ def run_bench(
 ) -> Results:
     """Measure, and write the results to a JSON file after every measurement; return them as plain data.
 
-    quick: the short form for CI; changes: fields of the plan (pykalm.bench.plan.Plan) by name, None leaving one as it
-    is. Raises UsageError for a plan that cannot be measured, GraphError and ModelError where something is not here.
+    Every measurement has a process of its own: none inherits what another has left of the memory, and all together took more
+    than 24 GiB. quick: the short form for CI, in this process; changes: fields of the plan (pykalm.bench.plan.Plan) by name,
+    None leaving one as it is. Raises UsageError for a plan that cannot be measured, GraphError and ModelError where something
+    is not here, OutOfMemoryError.
     """
     plan = with_changes(QUICK if quick else Plan(), **changes)
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
-    keep_freed_memory()
-    workshop = Workshop.open(plan)
-    results = _header(workshop)
-    jobs = _jobs(plan)
+    jobs, results = _jobs(plan), Results()
+    workshop = _opened(plan) if quick else None
     for number, (note, measure) in enumerate(jobs):
         if watch is not None:
             watch(number, len(jobs), note)
-        _join(results, measure(workshop))
+        header, measured = (
+            _measured(plan, measure, workshop) if quick else in_own_process(partial(_measured, plan, measure))
+        )
+        _join(results, measured if results else header | measured)
         if out is not None:
             _write(Path(out), results)
     return results
 
 
-def _jobs(plan: Plan) -> list[tuple[str, Callable[[Workshop], Results]]]:
+def _opened(plan: Plan) -> Workshop:
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    keep_freed_memory()
+    return Workshop.open(plan)
+
+
+def _measured(plan: Plan, measure: Measure, workshop: Workshop | None = None) -> tuple[Results, Results]:
+    """Return what the figures belong to, and what is measured; with a workshop of its own unless one is given."""
+    workshop = workshop or _opened(plan)
+    return _header(workshop), measure(workshop)
+
+
+def _jobs(plan: Plan) -> list[tuple[str, Measure]]:
     """Return what is to be measured, each with a word for it; all but training and scaling take the first graph."""
     first = plan.graphs[0]
-    jobs: dict[str, list[tuple[str, Callable[[Workshop], Results]]]] = {
-        "train": [(f"training on {graph}", _training_job(graph)) for graph in plan.graphs],
-        "utilisation": [("utilisation", lambda shop: {"train": _utilisation(measure_utilisation(shop, first))})],
-        "embed": [("embedding", lambda shop: {"embed": plain(measure_embedding(shop, first))})],
-        "rank": [("ranking", lambda shop: {"rank": plain(measure_ranking(shop, first))})],
+    jobs: dict[str, list[tuple[str, Measure]]] = {
+        "train": [(f"training on {graph}", partial(_train, graph=graph)) for graph in plan.graphs],
+        "utilisation": [("utilisation", partial(_utilise, graph=first))],
+        "embed": [("embedding", partial(_embed, graph=first))],
+        "rank": [("ranking", partial(_rank, graph=first))],
     }
     if "scaling" in plan.only:
-        jobs["scaling"] = [(f"scaling: {note}", _scaling_job(part)) for note, part in scaling_parts(plan)]
+        jobs["scaling"] = [(f"scaling: {note}", partial(_scale, part=part)) for note, part in scaling_parts(plan)]
     return [job for name in plan.only for job in jobs[name]]
 
 
-def _training_job(graph: str) -> Callable[[Workshop], Results]:
-    return lambda shop: {"train": {shop.graph(graph).name: _training(measure_training(shop, graph))}}
+# Functions of the module, which other processes can be told to call.
+def _train(workshop: Workshop, graph: str) -> Results:
+    return {"train": {workshop.graph(graph).name: _training(measure_training(workshop, graph))}}
 
 
-def _scaling_job(part: Part) -> Callable[[Workshop], Results]:
-    return lambda shop: {"scaling": [plain(found) for found in part(shop)]}
+def _utilise(workshop: Workshop, graph: str) -> Results:
+    return {"train": _utilisation(measure_utilisation(workshop, graph))}
+
+
+def _embed(workshop: Workshop, graph: str) -> Results:
+    return {"embed": plain(measure_embedding(workshop, graph))}
+
+
+def _rank(workshop: Workshop, graph: str) -> Results:
+    return {"rank": plain(measure_ranking(workshop, graph))}
+
+
+def _scale(workshop: Workshop, part: Part) -> Results:
+    return {"scaling": [plain(found) for found in part(workshop)]}
 
 
 def _training(measured: GraphTraining) -> Results:

@@ -33,7 +33,8 @@ def pykeen_ranking(
     """
     from pykeen.evaluation import RankBasedEvaluator  # noqa: PLC0415  # an optional extra
 
-    logging.getLogger("pykeen").setLevel(logging.ERROR)
+    for name in ("pykeen", "torch_max_mem"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     model = _model(graph, keys, query, entities)
     triples = torch.from_numpy(graph.triples(split))
     others = [torch.from_numpy(graph.triples(other)) for other in graph.splits if other != split]

@@ -5,17 +5,15 @@ equal: ranks can be compared to the last tie.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pykalm.bench.machine import peak_memory
+from pykalm.bench.own_process import in_own_process
 from pykalm.bench.plan import Workshop, generator
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_ranking, pykeen_version
 from pykalm.bench.timing import Spread, Timed, interleaved, paired_ratio
@@ -24,8 +22,6 @@ from pykalm.evaluate.ranking import FloatArray
 from pykalm.graph.graph import IntArray, KnowledgeGraph
 from pykalm.graph.known import KnownAnswers, known_answers
 from pykalm.model.index import EntityIndex
-
-T = TypeVar("T")
 
 LARGEST_VALUE = 4
 """Bound of a vector's whole numbers; over thousands of columns scores stay below 2^24, where float32 is exact."""
@@ -170,12 +166,6 @@ def _ranks_are_equal(timed: dict[str, list[Timed[FloatArray]]], sample: IntArray
 def whole_numbers(rows: int, width: int, draw: torch.Generator) -> Tensor:
     """Draw a matrix of small whole numbers, as float32."""
     return torch.randint(-LARGEST_VALUE, LARGEST_VALUE + 1, (rows, width), generator=draw).float()
-
-
-def in_own_process(call: Callable[[], T]) -> T:
-    """Call in a fresh process, whose memory nobody else has used."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(call).result()
 
 
 def _ranking_peak(build: Callable[[], RankingTask], device: torch.device, threads: int) -> int:

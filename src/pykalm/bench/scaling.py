@@ -10,8 +10,9 @@ import torch
 
 from pykalm.api import batch_builder
 from pykalm.bench.machine import peak_memory
+from pykalm.bench.own_process import in_own_process
 from pykalm.bench.plan import BATCHINGS, Plan, Workshop, generator
-from pykalm.bench.ranking import in_own_process, whole_numbers
+from pykalm.bench.ranking import whole_numbers
 from pykalm.bench.timing import interleaved, time_call
 from pykalm.evaluate.ranking import rank
 from pykalm.graph.catalogue import list_graphs
