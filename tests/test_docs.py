@@ -50,7 +50,7 @@ def test_make_and_script_commands_exist(page: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = {target for target in re.findall(r"`make (\w+)`|^make (\w+)", text, re.MULTILINE) for target in target}
     assert [target for target in targets if target and f"\n{target}:" not in makefile] == []
-    scripts = set(re.findall(r"\bscripts/(\w+)", text))
+    scripts = set(re.findall(r"\bscripts/([\w.]*\w)", text))
     assert [script for script in scripts if not (REPOSITORY / "scripts" / script).exists()] == []
 
 
