@@ -135,9 +135,8 @@ def _steps_by_batch(workshop: Workshop, *, graph: str, batching: str, sizes: Seq
         # Timed inside: the watch over memory has a start and an end of its own, the same for small batches and large.
         measured = peak_memory(lambda: time_call(whole_step, workshop.device), workshop.device)
         run.encoder.zero_grad()
-        peaks[size] = max(PAGE, measured.peak_bytes) / len(
-            chosen
-        )  # of the last round: the first one also loads what stays
+        # Of the last round: the first one also loads what stays.
+        peaks[size] = max(PAGE, measured.peak_bytes) / len(chosen)
         return measured.value.seconds / len(chosen)
 
     systems = {str(size): lambda number, size=size: step(size, number) for size in sizes}
