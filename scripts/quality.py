@@ -4,10 +4,12 @@
     sh scripts/quality time --out DIR          # the same and neighbourhoods, valid MRR against time
     sh scripts/quality show --out DIR          # tables and a figure of what is there
 
+Several sizes and rates, `--batch-size 12,64,128 --rate 1e-3,2e-3`, are tried in all combinations.
+
 Every trial is a process of its own with one thread and a file in DIR; what is there is not run again. Time is processor
 time of the steps, batches and optimiser included and evaluations not, so that two trials may run side by side. Names
-only, LoRA r 8 on the feed-forward part, dropout 0.05, AdamW at 1e-3: a tenth of warm-up, then cosine to 0, by the share
-of the budget used.
+only, LoRA r 8 on the feed-forward part, dropout 0.05, AdamW at 1e-3 unless said: a tenth of warm-up, then cosine to 0, by
+the share of the budget used.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,7 @@ class Trial:
     system: str
     seed: int
     batch_size: int
+    rate: float = RATE
     triples: int | None = None
     seconds: float | None = None
     evaluations: int = 4
@@ -93,7 +97,8 @@ class Trial:
     def file(self) -> str:
         """Return the name of its file."""
         kind = "examples" if self.triples else "time"
-        return f"{kind}.{Path(self.graph).name}.{self.system}.{self.batch_size}.{self.seed}.json"
+        rate = "" if self.rate == RATE else f".{self.rate:g}"
+        return f"{kind}.{Path(self.graph).name}.{self.system}.{self.batch_size}{rate}.{self.seed}.json"
 
 
 @dataclass
@@ -133,9 +138,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120, help="budget of `time`")
     parser.add_argument(
         "--batch-size",
-        type=int,
         help=f"triples of a step; by default {SMALL_BATCH} for `examples` and the published recipe, else {TIMED_BATCH}",
     )
+    parser.add_argument("--rate", default=str(RATE), help="highest learning rate of AdamW")
     parser.add_argument("--processes", type=int, default=2, help="trials side by side")
     return parser.parse_args()
 
@@ -147,11 +152,12 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     if unknown := set(systems) - SYSTEMS:
         raise SystemExit(f"quality: wanted some of {', '.join(sorted(SYSTEMS))}, found {', '.join(sorted(unknown))}.")
     budget: dict[str, Any] = {"triples": given.triples} if by_examples else {"seconds": given.seconds}
-    for seed in map(int, given.seeds.split(",")):
-        for graph in given.graphs.split(","):
-            for system in systems:
-                own = SMALL_BATCH if by_examples or system == PUBLISHED else TIMED_BATCH
-                yield Trial(graph, system, seed, given.batch_size or own, **budget)
+    seeds, graphs, rates = given.seeds.split(","), given.graphs.split(","), given.rate.split(",")
+    for seed, graph, system in product(map(int, seeds), graphs, systems):
+        own = SMALL_BATCH if by_examples or system == PUBLISHED else TIMED_BATCH
+        sizes = given.batch_size.split(",") if given.batch_size else [own]
+        for size, rate in product(map(int, sizes), map(float, rates)):
+            yield Trial(graph, system, seed, size, rate, **budget)
 
 
 def run(trial: Trial, out: Path) -> str:
@@ -264,8 +270,8 @@ def share(trial: Trial, outcome: Outcome) -> float:
 def learning_rate(used: float, trial: Trial) -> float:
     """Return the rate at a share of the budget; a first step has a rate above 0."""
     if used < WARM_UP:
-        return RATE * max(used, WARM_UP / 10) / WARM_UP
-    return RATE * (1 + math.cos(math.pi * (used - WARM_UP) / (1 - WARM_UP))) / 2
+        return trial.rate * max(used, WARM_UP / 10) / WARM_UP
+    return trial.rate * (1 + math.cos(math.pi * (used - WARM_UP) / (1 - WARM_UP))) / 2
 
 
 def show(out: Path) -> None:
@@ -275,15 +281,17 @@ def show(out: Path) -> None:
         outcome = json.loads(file.read_text(encoding="utf-8"))
         kind, trial = file.name.split(".")[0], outcome["trial"]
         system = f"{trial['system']}, {trial['batch_size']}"
+        if (rate := trial.get("rate", RATE)) != RATE:
+            system += f", {rate:g}"
         found.setdefault(f"{kind} {trial['graph']}", {}).setdefault(system, []).append(outcome)
-    print(f"{'budget, graph':24} {'system, of a step':20} {'seeds':>5} {'triples':>8} {'CPU s':>6} {'MRR':>6} each")
+    print(f"{'budget, graph':24} {'system, of a step':24} {'seeds':>5} {'triples':>8} {'CPU s':>6} {'MRR':>6} each")
     for name, systems in found.items():
         for system, outcomes in systems.items():
             reached = [o["test"].get("mrr", o["points"][-1][2]) for o in outcomes]
             triples, seconds = (statistics.mean(o[key] for o in outcomes) for key in ("triples", "seconds"))
             each = " ".join(f"{mrr:.3f}" for mrr in reached)
             print(
-                f"{name:24} {system:20} {len(outcomes):5} {triples:8.0f} {seconds:6.0f} {statistics.mean(reached):6.3f} {each}"
+                f"{name:24} {system:24} {len(outcomes):5} {triples:8.0f} {seconds:6.0f} {statistics.mean(reached):6.3f} {each}"
             )
     if timed := {name.removeprefix("time "): systems for name, systems in found.items() if name.startswith("time")}:
         draw(timed, out / "quality.png")
@@ -299,7 +307,7 @@ def draw(graphs: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
     figure = Figure(figsize=(5.2 * len(graphs), 5.6), layout="constrained", facecolor="white")
     for panel, (graph, systems) in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs.items(), strict=True):
         for label, outcomes in sorted(systems.items(), key=lambda item: -final_mrr(item[1])):
-            system, size = label.split(", ")
+            system, size = label.split(", ")[:2]
             colour, dash = COLOURS[system], DASHES.get(int(size), "-")
             curves = [np.array(outcome["points"]) for outcome in outcomes]
             for curve in curves:

@@ -195,8 +195,8 @@ def test_lines_of_progress_come_now_and_then_with_the_time_left(capsys: pytest.C
         watch(done, 200, "loss 1.0")
     # After 20 s, 20 steps are done and 80 are left: 80 s. After 40 s, 50 are done and 50 left: 40 s.
     assert capsys.readouterr().err.splitlines() == [
-        "training 120/200, 1:20 left loss 1.0",
-        "training 150/200, 0:40 left loss 1.0",
+        "training 120/200, 1:20 left, loss 1.0",
+        "training 150/200, 0:40 left, loss 1.0",
     ]
 
 

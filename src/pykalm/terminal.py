@@ -93,7 +93,7 @@ def lines_now_and_then(title: str, *, clock: Callable[[], float]) -> Watcher:
         last = now
         since = done - first[0]
         left = f", {format_seconds((total - done) * (now - first[1]) / since)} left" if since else ""
-        say(f"{title} {done}/{total}{left} {note}".rstrip())
+        say(f"{title} {done}/{total}{left}" + (f", {note}" if note else ""))
 
     return watch
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from torch._dynamo.exc import TorchDynamoException
 
 from pykalm import cli
-from pykalm.bench import machine, scaling, training, utilisation
+from pykalm.bench import bench, machine, scaling, training, utilisation
 from pykalm.bench.bench import plain, run_bench
 from pykalm.bench.own_process import in_own_process
-from pykalm.bench.plan import Plan, Workshop, passes
+from pykalm.bench.plan import MEASUREMENTS, Plan, Workshop, passes
 from pykalm.bench.pykeen_ranks import MISSING, pykeen_version
 from pykalm.bench.table import bench_table
 from pykalm.bench.timing import Spread
@@ -139,6 +139,16 @@ def test_utilisation_is_measured_with_compiled_layers_and_without(monkeypatch: p
     found = utilisation.measure_utilisation(shop, "people")  # type: ignore[arg-type]
     assert list(found.share) == ["random", "neighbourhood"]
     assert found.lowest(compiled=True) is None
+
+
+def test_progress_is_told_in_hundredths_of_the_time_that_measurements_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, str]] = []
+    monkeypatch.setattr(bench, "in_own_process", lambda measure: ({}, {}))
+    bench.run_bench(graphs=["world", "umls"], only=("train", "rank"), watch=lambda *task: told.append(task))
+    assert told == [
+        (0, 100, "training on world (1 of 3)"), (45, 100, "training on umls (2 of 3)"), (91, 100, "ranking (3 of 3)")
+    ]  # fmt: skip
+    assert set(bench.MINUTES) == set(MEASUREMENTS)
 
 
 def test_the_other_figures_are_there(results: dict[str, Any]) -> None:

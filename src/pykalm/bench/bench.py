@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ FORMAT = 1
 Watch = Callable[[int, int, str], None]
 Results = dict[str, Any]
 Measure = Callable[[Workshop], Results]
+MINUTES = {"train": 4, "utilisation": 3.5, "embed": 2, "rank": 0.7, "scaling": 0.5}
+"""What a measurement of each kind took in five rounds on two cores, for the time left."""
 
 
 def run_bench(
@@ -35,18 +38,20 @@ def run_bench(
     """Measure, and write the results to a JSON file after every measurement; return them as plain data.
 
     Every measurement has a process of its own: none inherits what another has left of the memory, and all together took more
-    than 24 GiB. quick: the short form for CI, in this process; changes: fields of the plan (pykalm.bench.plan.Plan) by name,
-    None leaving one as it is. Raises UsageError for a plan that cannot be measured, GraphError and ModelError where something
-    is not here, OutOfMemoryError.
+    than 24 GiB. quick: the short form for CI, in this process; watch: is told how many hundredths of the time are over, 100,
+    and what is measured next; changes: fields of the plan (pykalm.bench.plan.Plan) by name, None leaving one as it is. Raises
+    UsageError for a plan that cannot be measured, GraphError and ModelError where something is not here, OutOfMemoryError.
     """
     plan = with_changes(QUICK if quick else Plan(), **changes)
     jobs, results = _jobs(plan), Results()
     workshop = _opened(plan) if quick else None
-    for number, (note, measure) in enumerate(jobs):
+    done, total = 0.0, sum(MINUTES[job.kind] for job in jobs)
+    for number, job in enumerate(jobs):
         if watch is not None:
-            watch(number, len(jobs), note)
+            watch(int(100 * done / total), 100, f"{job.note} ({number + 1} of {len(jobs)})")
+        done += MINUTES[job.kind]
         header, measured = (
-            _measured(plan, measure, workshop) if quick else in_own_process(partial(_measured, plan, measure))
+            _measured(plan, job.measure, workshop) if quick else in_own_process(partial(_measured, plan, job.measure))
         )
         _join(results, measured if results else header | measured)
         if out is not None:
@@ -67,8 +72,17 @@ def _measured(plan: Plan, measure: Measure, workshop: Workshop | None = None) ->
     return _header(workshop), measure(workshop)
 
 
-def _jobs(plan: Plan) -> list[tuple[str, Measure]]:
-    """Return what is to be measured, each with a word for it; all but training and scaling take the first graph."""
+@dataclass(frozen=True)
+class _Job:
+    """A measurement: its kind as in `Plan.only`, what people are told of it, and how it is done."""
+
+    kind: str
+    note: str
+    measure: Measure
+
+
+def _jobs(plan: Plan) -> list[_Job]:
+    """Return what is to be measured; all but training and scaling take the first graph."""
     first = plan.graphs[0]
     jobs: dict[str, list[tuple[str, Measure]]] = {
         "train": [(f"training on {graph}", partial(_train, graph=graph)) for graph in plan.graphs],
@@ -78,7 +92,7 @@ def _jobs(plan: Plan) -> list[tuple[str, Measure]]:
     }
     if "scaling" in plan.only:
         jobs["scaling"] = [(f"scaling: {note}", partial(_scale, part=part)) for note, part in scaling_parts(plan)]
-    return [job for name in plan.only for job in jobs[name]]
+    return [_Job(kind, *job) for kind in plan.only for job in jobs[kind]]
 
 
 # Functions of the module, which other processes can be told to call.
