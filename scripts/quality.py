@@ -43,6 +43,7 @@ from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import joint_gradient
 from pykalm.model.run import Run, build_run, load_base
+from pykalm.settings import automatic_rate
 
 PUBLISHED = "published"
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
@@ -140,7 +141,9 @@ def parse() -> argparse.Namespace:
         "--batch-size",
         help=f"triples of a step; by default {SMALL_BATCH} for `examples` and the published recipe, else {TIMED_BATCH}",
     )
-    parser.add_argument("--rate", default=str(RATE), help="highest learning rate of AdamW")
+    parser.add_argument(
+        "--rate", default=str(RATE), help="highest learning rate of AdamW; `auto` is that of `kalm train`"
+    )
     parser.add_argument("--processes", type=int, default=2, help="trials side by side")
     return parser.parse_args()
 
@@ -156,8 +159,10 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     for seed, graph, system in product(map(int, seeds), graphs, systems):
         own = SMALL_BATCH if by_examples or system == PUBLISHED else TIMED_BATCH
         sizes = given.batch_size.split(",") if given.batch_size else [own]
-        for size, rate in product(map(int, sizes), map(float, rates)):
-            yield Trial(graph, system, seed, size, rate, **budget)
+        for size, rate in product(map(int, sizes), rates):
+            yield Trial(
+                graph, system, seed, size, automatic_rate("lora", size) if rate == "auto" else float(rate), **budget
+            )
 
 
 def run(trial: Trial, out: Path) -> str:

@@ -123,7 +123,7 @@ def test_a_section_must_hold_keys() -> None:
             ["training.row_tokens=4096", "training.chunk_tokens=2048"],
             "at most training.chunk_tokens (2048); found 4096",
         ),
-        (["training.learning_rate=.nan"], "training.learning_rate: wanted a number > 0, found nan"),
+        (["training.learning_rate=.nan"], "training.learning_rate: wanted auto or a number > 0, found nan"),
         (["training.clip_norm=.inf"], "training.clip_norm: wanted a number > 0, found inf"),
         (["training.trackers=[tensorbord]"], "wanted a list of tensorboard or wandb"),
         (["text.descriptions=maybe"], "wanted true or false, found 'maybe'"),

@@ -40,7 +40,7 @@ def resolve_settings(
     wanted = load_config(None, overrides, **(config or saved).model_dump(mode="json"))
     if not is_loaded and wanted.graph != saved.graph:
         wanted = _placed(wanted)
-    chosen = ["compile"] if wanted.training.compile == "auto" else []
+    chosen = [key for key in ("compile", "learning_rate") if getattr(wanted.training, key) == "auto"]
     if wanted.training.memory is not None and wanted.training.memory == saved.training.memory:
         chosen += ["memory_tokens", "chunk_tokens"]
     kept = {key: getattr(saved.training, key) for key in chosen}

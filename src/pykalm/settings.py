@@ -1,5 +1,6 @@
 """The settings of a run: one frozen pydantic model per section, with bounds and meanings."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -11,8 +12,18 @@ from pykalm.memory import parse_size
 Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 
+RATES, RATED_STEP, LARGEST_FACTOR = {"lora": 2e-3, "full": 1e-4}, 64, 2.0
+"""The learning rates by `adapter.kind` of steps of so many triples, and how many times as much larger steps take at most."""
 SMALL_STEP = 16
 """Triples of a step up to which its two directions are drawn apart (docs/results.md, "Is what is learned as good?")."""
+
+
+def automatic_rate(kind: Literal["lora", "full"], batch_size: int) -> float:
+    """Return what `training.learning_rate=auto` means: by the square root of the triples of a step, as AdamW wants it.
+
+    docs/results.md, "Is what is learned as good?", has what was measured.
+    """
+    return float(f"{RATES[kind] * min(LARGEST_FACTOR, math.sqrt(batch_size / RATED_STEP)):.2g}")
 
 
 class Settings(BaseModel):
@@ -139,7 +150,13 @@ class TrainingSettings(Settings):
         description="Which triples share a step: drawn at random, or connected pieces of the graph, whose texts share more"
         " (less to compute) and whose entities are harder negatives.",
     )
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest learning rate (paper: 1e-4).")
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="AdamW's highest learning rate (paper: 1e-4). `auto` goes by the square root of the triples of a step: for"
+        f" adapters {RATES['lora']} in steps of {RATED_STEP}, at most {LARGEST_FACTOR * RATES['lora']}, for all weights a"
+        " twentieth of it. It was found with a model of 135 million weights: larger ones may want less. What it was is kept"
+        " with the run.",
+    )
     weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay (paper: 0.001).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate goes on after the warm-up; the first two end at 0."
@@ -261,9 +278,16 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @property
+    def highest_rate(self) -> float:
+        """Return the highest learning rate, `training.learning_rate` or what `auto` means for what is trained."""
+        rate = self.training.learning_rate
+        return automatic_rate(self.adapter.kind, self.training.batch_size) if rate == "auto" else rate
+
     def settled(self) -> Self:
-        """Return the same settings with `training.directions` as what `auto` means for them."""
-        return self.with_training(directions="apart" if self.training.draws_directions_apart else "together")
+        """Return the same settings with `training.directions` and the learning rate as what `auto` means for them."""
+        directions = "apart" if self.training.draws_directions_apart else "together"
+        return self.with_training(directions=directions, learning_rate=self.highest_rate)
 
     def with_training(self, **values: Any) -> Self:
         """Return the same settings with other values in `training`, which are taken as they are."""

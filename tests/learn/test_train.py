@@ -12,11 +12,11 @@ import torch
 
 from pykalm import api
 from pykalm.config import Config
-from pykalm.errors import ModelError, TrainingError
+from pykalm.errors import ConfigError, ModelError, TrainingError
 from pykalm.learn import tracking
 from pykalm.learn.state import read_metrics
 from pykalm.learn.train import learning_rate
-from pykalm.model.run import Run
+from pykalm.model.run import Run, read_run_config
 from tests.laws.common import tiny_graph
 from tests.learn.workshop import require_same_training
 
@@ -46,6 +46,36 @@ def test_without_warm_up_the_first_step_has_the_full_rate_and_one_step_is_enough
     assert rates(4, warmup_share=0, schedule="linear") == pytest.approx([0.8, 0.6, 0.4, 0.2])
     assert rates(1, warmup_share=0.1, schedule="cosine") == [0.8]
     assert rates(3, warmup_share=0.4, schedule="constant") == pytest.approx([0.4, 0.8, 0.8])  # 1.2 steps count as 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "rate"),
+    [
+        ("lora", 16, 1e-3), ("lora", 64, 2e-3), ("lora", 128, 2.8e-3), ("lora", 256, 4e-3), ("lora", 4096, 4e-3),
+        ("full", 16, 5e-5), ("full", 64, 1e-4), ("full", 4096, 2e-4),
+    ],
+)  # fmt: skip
+def test_the_rate_that_auto_means_goes_by_the_square_root_of_the_triples_of_a_step(
+    kind: str, batch_size: int, rate: float
+) -> None:
+    training = {"batch_size": batch_size, "schedule": "constant", "warmup_share": 0}
+    config = Config(graph="x", adapter={"kind": kind}, training=training)
+    assert config.training.learning_rate == "auto"
+    assert learning_rate(3, 10, config) == rate
+    assert config.settled().training.learning_rate == rate
+
+
+def test_what_auto_meant_is_kept_and_auto_goes_on_with_what_was_kept(train: Train, tmp_path: Path) -> None:
+    run = train(training__learning_rate="auto", training__batch_size=4)
+    kept = read_run_config(run.path).training.learning_rate
+    assert kept == pytest.approx(2e-3 / 4)
+    assert max(line["learning_rate"] for line in read_metrics(run.path)) == pytest.approx(kept)
+    other = train("other", training__learning_rate=0.02)
+    for path, rate in ((run.path, kept), (other.path, 0.02)):
+        again = api.train(tiny_graph(), out=path, resume=True, settings={"training.learning_rate": "auto"})
+        assert again.config.training.learning_rate == rate
+    with pytest.raises(ConfigError, match=r"training.learning_rate: saved 0.02, found 0.03"):
+        api.train(tiny_graph(), out=other.path, resume=True, settings={"training.learning_rate": 0.03})
 
 
 def test_the_rate_of_the_schedule_is_the_one_that_the_optimiser_uses(train: Train) -> None:

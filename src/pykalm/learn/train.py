@@ -221,10 +221,10 @@ def learning_rate(step: int, num_steps: int, config: Config) -> float:
     training = config.training
     warmup = math.ceil(training.warmup_share * num_steps)
     if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
+        return config.highest_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, num_steps - warmup)
     shares = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
-    return training.learning_rate * shares[training.schedule]
+    return config.highest_rate * shares[training.schedule]
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.Optimizer:
@@ -237,7 +237,7 @@ def _optimizer(parameters: dict[str, nn.Parameter], config: Config) -> torch.opt
     ]
     fused = {parameter.device.type for parameter in parameters.values()} == {"cuda"}  # one kernel for many weights
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.training.learning_rate, fused=fused or None
+        [group for group in groups if group["params"]], lr=config.highest_rate, fused=fused or None
     )
 
 
