@@ -120,7 +120,7 @@ def main() -> None:
     if given.command == "show":
         return show(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
-    trials = [trial for trial in planned(given) if not (given.out / trial.file).exists()]
+    trials = [trial for trial in dict.fromkeys(planned(given)) if not (given.out / trial.file).exists()]
     with ProcessPoolExecutor(given.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run, trial, given.out) for trial in trials]):
             print(done.result(), flush=True)
@@ -139,13 +139,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120, help="budget of `time`")
     parser.add_argument(
         "--batch-size",
+        type=sizes,
+        default=(),
         help=f"triples of a step; by default {SMALL_BATCH} for `examples` and the published recipe, else {TIMED_BATCH}",
     )
     parser.add_argument(
-        "--rate", default=str(RATE), help="highest learning rate of AdamW; `auto` is that of `kalm train`"
+        "--rate", type=rates, default=(RATE,), help="highest learning rate of AdamW; `auto` is that of `kalm train`"
     )
     parser.add_argument("--processes", type=int, default=2, help="trials side by side")
     return parser.parse_args()
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Read numbers of triples, with commas between them."""
+    found = tuple(map(int, text.split(",")))
+    if min(found) < 1:
+        raise ValueError(text)
+    return found
+
+
+def rates(text: str) -> tuple[float | None, ...]:
+    """Read learning rates, with commas between them; `auto` is None."""
+    found = tuple(None if part.strip() == "auto" else float(part) for part in text.split(","))
+    if not all(rate is None or 0 < rate < math.inf for rate in found):
+        raise ValueError(text)
+    return found
 
 
 def planned(given: argparse.Namespace) -> Iterator[Trial]:
@@ -155,14 +173,10 @@ def planned(given: argparse.Namespace) -> Iterator[Trial]:
     if unknown := set(systems) - SYSTEMS:
         raise SystemExit(f"quality: wanted some of {', '.join(sorted(SYSTEMS))}, found {', '.join(sorted(unknown))}.")
     budget: dict[str, Any] = {"triples": given.triples} if by_examples else {"seconds": given.seconds}
-    seeds, graphs, rates = given.seeds.split(","), given.graphs.split(","), given.rate.split(",")
-    for seed, graph, system in product(map(int, seeds), graphs, systems):
+    for seed, graph, system in product(map(int, given.seeds.split(",")), given.graphs.split(","), systems):
         own = SMALL_BATCH if by_examples or system == PUBLISHED else TIMED_BATCH
-        sizes = given.batch_size.split(",") if given.batch_size else [own]
-        for size, rate in product(map(int, sizes), rates):
-            yield Trial(
-                graph, system, seed, size, automatic_rate("lora", size) if rate == "auto" else float(rate), **budget
-            )
+        for size, rate in product(given.batch_size or (own,), given.rate):
+            yield Trial(graph, system, seed, size, automatic_rate("lora", size) if rate is None else rate, **budget)
 
 
 def run(trial: Trial, out: Path) -> str:
@@ -327,7 +341,7 @@ def draw(graphs: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
         panel.grid(color="#e8e8e8", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(
-            title="at the end: system, triples of a step", fontsize=8.5, title_fontsize=8.5, alignment="left",
+            title="at the end: system, triples of a step, rate if not 0.001", fontsize=8.5, title_fontsize=8.5, alignment="left",
             loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False, handlelength=3.2,
         )  # fmt: skip
     figure.axes[0].set_ylabel("valid MRR (150 triples, 1,000 candidates)")

@@ -112,6 +112,23 @@ def test_runs_of_other_settings_are_not_taken_for_these(
         run_ablation(out=swept[0], variants=NAMES, seeds=SEEDS, **{**given, "steps": 3})
 
 
+def test_one_learning_rate_is_that_of_all_variants_and_of_later_calls(given: dict[str, Any], tmp_path: Path) -> None:
+    """The automatic one of steps of 4 triples; a sweep that was begun with another one is not joined to it."""
+    settings = {**given["settings"], "training.batch_size": 4}
+    swept = {"out": tmp_path / "out", "seeds": (0,), **given}
+    variants = {"reference": {}, "larger": {"training.batch_size": 16}}
+    found = run_ablation(**{**swept, "variants": variants, "settings": settings | {"training.learning_rate": "auto"}})
+    assert found["shared"]["training"]["learning_rate"] == 5e-4
+    rates = [read_run_config(tmp_path / "out" / name / "seed-0").training.learning_rate for name in variants]
+    assert rates == [5e-4, 5e-4]
+    again = {**swept, "settings": settings | {"training.learning_rate": 0.01}}
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: saved 0.0005, found 0.01"):
+        run_ablation(**{**again, "variants": ("reference",)})
+    later = {**swept, "settings": settings | {"training.learning_rate": "auto", "training.batch_size": 8}}
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: saved 0.0005, found 0.00071"):
+        run_ablation(**{**later, "variants": ("reference",)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

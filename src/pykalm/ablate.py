@@ -82,6 +82,7 @@ def run_ablation(
     given = {"graph": graph, "model": model, "training.max_steps": steps}
     shared = {**(settings or {}), **{key: value for key, value in given.items() if value is not None}}
     reference = resolve_settings(config, shared, None, is_loaded=False)
+    reference = reference.with_training(learning_rate=reference.highest_rate)  # one of all variants and of later calls
     chosen = _choose(variants, reference)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds: wanted one or more distinct numbers, found {list(seeds)}.")

@@ -57,7 +57,10 @@ def load_config(file: Path | None = None, overrides: Sequence[str] = (), **defau
     return _build(read_settings(file, problems) if file is not None else [], overrides, defaults, problems)
 
 
-BEFORE = {"objective": {"kl_weight": 0.0, "self_negatives": "among"}, "training": {"directions": "together"}}
+BEFORE = {
+    "objective": {"kl_weight": 0.0, "self_negatives": "among"},
+    "training": {"directions": "together", "learning_rate": 1e-3},
+}
 """What a run whose settings do not name it was trained with."""
 RETIRED = {"objective.self_negative_weight"}
 """Settings of earlier versions of which nothing depends any more."""
@@ -118,6 +121,10 @@ def read_settings(file: Path, problems: list[str]) -> list[Setting]:
             kind = type(tree).__name__.removesuffix("Node").lower()
             raise ConfigError(f"{file}: wanted `key: value` lines, found a {kind}. See docs/configuration.md.")
         settings = list(walk(tree, file)) if tree is not None else []
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{file}: wanted a YAML file with settings, found none there. See docs/configuration.md."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: wanted a YAML file in UTF-8, found: {error}.") from error
     except yaml.MarkedYAMLError as error:

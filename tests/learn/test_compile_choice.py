@@ -154,16 +154,16 @@ def test_a_run_of_an_earlier_version_says_what_it_was_trained_with(
     """Its settings name neither; the command goes on with it as the function does."""
     run = train(
         graph=graph_folder, objective__kl_weight=0, objective__self_negatives="among", training__directions="together",
-        training__max_steps=3,
+        training__learning_rate=1e-3, training__max_steps=3,
     )  # fmt: skip
     kept = run.path / "config.yaml"
     lines = kept.read_text(encoding="utf-8").splitlines()
-    earlier = [line for line in lines if not re.search("kl_weight|self_negatives|directions", line)]
-    assert len(earlier) == len(lines) - 3
+    earlier = [line for line in lines if not re.search("kl_weight|self_negatives|directions|learning_rate", line)]
+    assert len(earlier) == len(lines) - 4
     kept.write_text("\n".join(earlier), encoding="utf-8")
     config = read_run_config(run.path)
     assert (config.objective.kl_weight, config.objective.self_negatives) == (0, "among")
-    assert config.training.directions == "together"
+    assert (config.training.directions, config.training.learning_rate) == ("together", 1e-3)
     assert cli.main(["train", "--out", str(run.path), "--resume", "--set", "objective.self_negatives=capped"]) != 0
     assert "objective.self_negatives: saved 'among', found 'capped'" in capsys.readouterr().err
 

@@ -131,7 +131,10 @@ def _own_texts(config: Config, base: LanguageModel) -> OwnTexts:
     """Let the base model write what training is held to, if it is; the main process writes for all, who wait."""
     if not config.objective.kl_weight:
         return OwnTexts.none()
-    log.warning("kalm: the base model writes the texts that training is held to (objective.kl_weight) ...")
+    log.warning(
+        "kalm: the base model writes the texts that training is held to, which may take a minute or more on a CPU "
+        "(objective.kl_weight=0 trains without) ..."
+    )
 
     def write() -> OwnTexts:
         with all_threads():
