@@ -341,7 +341,7 @@ def draw(graphs: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
         panel.grid(color="#e8e8e8", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(
-            title="at the end: system, triples of a step, rate if not 0.001", fontsize=8.5, title_fontsize=8.5, alignment="left",
+            title="at the end: system, triples of a step, rate", fontsize=8.5, title_fontsize=8.5, alignment="left",
             loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False, handlelength=3.2,
         )  # fmt: skip
     figure.axes[0].set_ylabel("valid MRR (150 triples, 1,000 candidates)")
