@@ -153,9 +153,9 @@ class TrainingSettings(Settings):
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
         description="AdamW's highest learning rate (paper: 1e-4). `auto` goes by the square root of the triples of a step: for"
-        f" adapters {RATES['lora']} in steps of {RATED_STEP}, 0.0028 in those of 128, at most {LARGEST_FACTOR * RATES['lora']};"
-        " for all weights a twentieth of it. It was found with a model of 135 million weights: larger ones may want less."
-        " config.yaml keeps the number.",
+        f" adapters {RATES['lora']} in steps of {RATED_STEP}, {automatic_rate('lora', 128)} in those of 128, at most"
+        f" {LARGEST_FACTOR * RATES['lora']}; for all weights a twentieth of it. It was found with a model of 135 million"
+        " weights: larger ones may want less. config.yaml keeps the number.",
     )
     weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay (paper: 0.001).")
     schedule: Literal["cosine", "linear", "constant"] = Field(
