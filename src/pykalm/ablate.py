@@ -138,7 +138,7 @@ def _measured(
         record: dict[str, Any] | None = on_main(lambda: _read_record(folder))
         if record is not None:
             return record
-    run = train(out=folder, config=config, resume=begun, watch=watch)
+    run = train(out=folder, config=config, resume=begun, watch=watch, progress=progress)
     splits = {split: _figures(run, split, progress) for split in SPLITS if len(run.graph.splits.get(split, ()))}
     record = {"seed": config.seed, "run": f"{folder.parent.name}/{folder.name}", "splits": splits}
     on_main(partial(_write, folder / RECORD, record))

@@ -61,13 +61,15 @@ def train(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     watch: Callable[[StepReport], None] | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Align a language model with a graph, in a new run folder or, with resume, in the one that stopped there.
 
-    settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step. A graph that is a folder is
+    settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step, and progress, before the first
+    one, how many tokens of each of its own texts the base model has written, of how many. A graph that is a folder is
     kept as an absolute path, a named one by its name. Returns the run with its best weights. Raises RunError where `out`
     holds a run already (or none, with resume), ConfigError for wrong settings, TrainingError where it cannot go on.
-    In a launch of several processes all call it alike; the main one alone writes and calls watch.
+    In a launch of several processes all call it alike; the main one alone writes and calls watch and progress.
     """
     out = Path(out)
     is_loaded = isinstance(graph, KnowledgeGraph)
@@ -80,7 +82,7 @@ def train(
     join(config.training.device)
     with holding(lambda: only_writer(out)):
         chosen = resume and on_main(lambda: _has_chosen_passes(out, config))
-        run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded)
+        run = _reopen(out, config, loaded) if resume else new_run(out, config, loaded, progress=progress)
         if config.training.memory is not None and not chosen:
             run = _with_passes_for(config.training.memory, run)
         _trainer(run, watch).run()

@@ -171,7 +171,9 @@ def train(
     say(f"Aligning {settings.model} with {settings.graph}: the model is read and checked first ...")
     try:
         with show_progress("training") as watch:
-            run = pykalm.train(out=out, config=settings, resume=resume, watch=watch_training(watch))
+            run = pykalm.train(
+                out=out, config=settings, resume=resume, watch=watch_training(watch), progress=watch_texts(watch)
+            )
     except KeyboardInterrupt:
         if kept.is_file():
             saved = (out / "state").is_dir()  # a second Ctrl-C does not wait for a save
@@ -248,8 +250,8 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only.")] = None,
 ) -> None:
     """Do the main job on the bundled graph: measure, align, measure again, ask."""
-    with show_progress("training") as watch:
-        pykalm.run_demo(out, steps=steps, watch=watch_training(watch))
+    with show_progress("demo") as watch:
+        pykalm.run_demo(out, steps=steps, watch=watch_training(watch), progress=watch)
 
 
 @app.command()
@@ -309,6 +311,11 @@ def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
             say(f"step {report.step}/{report.num_steps}: valid MRR {report.valid_mrr:.3f}, {describe_step(report)}")
 
     return report_step
+
+
+def watch_texts(watch: Watcher) -> Callable[[int, int], None]:
+    """Turn reports of the base model's own texts into progress."""
+    return lambda done, total: watch(done, total, "tokens of each of the base model's own texts")
 
 
 def describe_step(report: "StepReport") -> str:

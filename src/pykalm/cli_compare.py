@@ -74,7 +74,7 @@ def ablate(
     named = [f"{key}={json.dumps(value)}" for key, value in (("graph", graph), ("model", model)) if value]
     shared = load_config(config, [*(overrides or []), *named])
     names = None if variants is None else listed(variants)
-    with show_progress("training") as watch:
+    with show_progress("ablation") as watch:
         result = pykalm.run_ablation(
             out=out,
             config=shared,
@@ -83,6 +83,7 @@ def ablate(
             steps=steps,
             split=split,
             watch=lambda report: watch(report.step, report.num_steps, f"loss {report.loss:.3f}"),
+            progress=watch,
         )
     say(f"Saved in {out / 'ablation.json'}")
     print_json(result) if as_json else print_table(pykalm.ablation_table(result))

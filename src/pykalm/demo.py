@@ -53,7 +53,7 @@ def run_demo(
     count = {split: f"{len(graph.triples(split)):,}" for split in ("train", "valid", "test")}
     say(f"The graph world: {graph.num_entities:,} entities, {graph.num_relations} relations, {count['train']} triples to "
         f"learn from, {count['valid']} to choose by, {count['test']} to be asked.")  # fmt: skip
-    run = _aligned_run(out, model, steps, watch)
+    run = _aligned_run(out, model, steps, watch, progress)
     say("Measuring the aligned and the unaligned model on the test triples ...")
     aligned = evaluate_links(run, progress=progress)
     unaligned = evaluate_links(run, baseline=True, progress=progress)
@@ -90,11 +90,14 @@ def draw_similarity(run: Run, path: Path) -> Path:
     return path
 
 
-def _aligned_run(out: Path, model: str, steps: int | None, watch: Callable[[StepReport], None] | None) -> Run:
+def _aligned_run(
+    out: Path, model: str, steps: int | None, watch: Callable[[StepReport], None] | None, progress: Progress | None
+) -> Run:
     """Train a new run, go on with an unfinished one, or open a finished one."""
     if not (out / "config.yaml").exists():
         say(f"Aligning {model} with it; the run is kept in {out} ...")
-        return train("world", out=out, model=model, settings={**SETTINGS, "training.max_steps": steps}, watch=watch)
+        settings = {**SETTINGS, "training.max_steps": steps}
+        return train("world", out=out, model=model, settings=settings, watch=watch, progress=progress)
     say(f"{out} holds a run already: finishing it where it is unfinished. Delete the folder to train a new one.")
     train(out=out, resume=True, watch=watch)
     return load_run(out)

@@ -1,7 +1,6 @@
 """The base model's own texts: drawn from it as it is, by seed, before there is an adapter; kept whole or refused."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +35,33 @@ def test_texts_are_drawn_by_seed_and_leave_the_random_numbers_and_the_model_alon
     assert (first.tokens[:, 0] == 1).all()
     assert first.likely.shape == (5, 9, 128)
     assert first.log_p.shape == (5, 9, 129)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_kept_of_a_token_is_what_the_model_says_of_the_text_up_to_it(family: str) -> None:
+    """Of all tokens, the last and the end token among them, though they are read one by one."""
+    model = tiny_model(family, vocab_size=TOKENIZER_SIZE).eval()
+    texts = write_own_texts(model, 1, seed=0, num_texts=5, length=9, num_likely=7)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(texts.tokens).long()).logits
+    likely = torch.from_numpy(texts.likely).long()
+    assert torch.equal(logits.topk(7, dim=-1).indices, likely)
+    assert own_texts.lumped_log_p(logits, likely).numpy() == pytest.approx(texts.log_p, abs=2e-3)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_and_those_of_probability_0_never() -> None:
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.19, 0.01, 0.0])
+    torch.manual_seed(0)
+    found = own_texts.drawn(shares.log().expand(20_000, -1)).squeeze(1).bincount(minlength=7) / 20_000
+    assert found[shares == 0].tolist() == [0, 0, 0]
+    assert found.tolist() == pytest.approx(shares.tolist(), abs=0.012)  # three standard deviations of .5
+
+
+def test_progress_is_told_of_every_token() -> None:
+    told: list[tuple[int, int]] = []
+    model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
+    write_own_texts(model, 1, seed=0, num_texts=2, length=4, progress=lambda *report: told.append(report))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_makers_settings_for_generation_bend_nothing_and_are_put_back() -> None:
@@ -137,8 +163,8 @@ def test_tokens_that_a_model_never_says_are_no_trouble() -> None:
     """log 0 is −∞, which times 0 is no number."""
     logits = torch.zeros(1, 6, requires_grad=True)
     never = torch.tensor([[0.0, 0.0, *[-torch.inf] * 4]])
-    likely, log_p = own_texts._distributions(lambda **_: SimpleNamespace(logits=never[None]), torch.zeros(1, 1), 4)
-    found = kl_sum(logits + never, likely[0], log_p[0].half())
+    likely, log_p = own_texts._distribution(never, 4)
+    found = kl_sum(logits + never, likely, log_p.half())
     found.backward()  # type: ignore[no-untyped-call]
     assert found.item() == pytest.approx(0, abs=1e-6)
     assert torch.isfinite(logits.grad).all()

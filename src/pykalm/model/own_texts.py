@@ -4,16 +4,17 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pykalm.errors import ModelError, RunError
 from pykalm.files import replace_file
-from pykalm.memory import explained_memory, is_out_of_memory
+from pykalm.memory import explained_memory
+from pykalm.model.encoder import Progress
 from pykalm.model.layers import computing_in
 from pykalm.text.texts import IntArray, Texts, starts_of
 
@@ -22,8 +23,6 @@ LENGTH = 64
 """Tokens of a text, the first, from which it is written, among them; fewer where a model has fewer positions."""
 NUM_LIKELY = 128
 """Next tokens whose probabilities are kept; those of all others are kept as one sum."""
-TEXTS_AT_ONCE = 4
-"""Texts whose logits (V wide, float32) are held at the same time."""
 LEAST = -1e4
 """Log-probability that stands for none, which half precision can hold."""
 NOTHING = -1e30
@@ -119,10 +118,12 @@ def write_own_texts(
     num_texts: int = NUM_TEXTS,
     length: int = LENGTH,
     num_likely: int = NUM_LIKELY,
+    progress: Progress | None = None,
 ) -> OwnTexts:
     """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
 
-    Raises ModelError where its probabilities are no numbers, OutOfMemoryError.
+    progress: is called with (tokens of each text done, tokens of each text). Raises ModelError where its probabilities are no
+    numbers, OutOfMemoryError.
     """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
@@ -130,52 +131,73 @@ def write_own_texts(
     device, was_training = causal_lm.device, causal_lm.training
     half = computing_in(next(causal_lm.parameters()).dtype, device)
     causal_lm.eval()
+    pen = Pen(length, num_likely, progress or (lambda done, total: None))
     try:
         with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            tokens = _written(causal_lm, start, num_texts, length)
-            parts = [_distributions(causal_lm, part, num_likely) for part in torch.split(tokens, TEXTS_AT_ONCE)]
+            tokens = _written(causal_lm, start, num_texts, pen)
     finally:
         causal_lm.train(was_training)
-    likely, log_p = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    likely, log_p = (torch.stack(column, dim=1).numpy() for column in zip(*pen.kept, strict=True))
     return OwnTexts(tokens.cpu().numpy().astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
 
 
-def _written(causal_lm: Any, start: int, num_texts: int, length: int) -> torch.Tensor:
-    """Return tokens (N, L), every one after the first drawn from the model's distribution as it is."""
+class Pen(LogitsProcessor):
+    """Draw every next token of some texts from the model's distribution as it is, and keep that distribution.
+
+    As `generate` draws, but by one random number a text instead of one a word, which are most of the work on a CPU.
+    kept: of every token of the texts the likeliest next ones (N, K), and log-probabilities (N, K + 1) as in OwnTexts.
+    """
+
+    def __init__(self, length: int, num_likely: int, progress: Progress) -> None:
+        self.length, self.num_likely, self.progress = length, num_likely, progress
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return scores (N, V) that leave one token, drawn from those given; input_ids (N, tokens so far)."""
+        if len(self.kept) < self.length:  # on a GPU `generate` may ask once more before it sees that it is done
+            self.kept.append(_distribution(scores, self.num_likely))
+            self.progress(len(self.kept), self.length)
+        return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter_(-1, drawn(scores), 0.0))
+
+
+def drawn(logits: torch.Tensor) -> torch.Tensor:
+    """Return a token (N, 1) drawn from each distribution (N, V). Raises ModelError where one is of no numbers."""
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # of which MPS has none
+    below = logits.softmax(-1).cumsum(-1, dtype=exact)
+    total = below[:, -1:]
+    if not total.isfinite().all():
+        raise ModelError(
+            "wanted probabilities of next tokens, found some that are no numbers. The weights are damaged, or too large for "
+            "bfloat16: try training.precision=fp32."
+        )
+    # The first token whose sum is above the number: never one of probability 0.
+    number = torch.rand_like(total) * total
+    return torch.searchsorted(below, number, right=True).clamp_max(logits.shape[-1] - 1)
+
+
+def _written(causal_lm: Any, start: int, num_texts: int, pen: Pen) -> torch.Tensor:
+    """Return tokens (N, L), every one after the first drawn by the pen."""
     first = torch.full((num_texts, 1), start, dtype=torch.long, device=causal_lm.device)
-    if length == 1:
-        return first
     makers = causal_lm.generation_config  # its temperature or penalty would bend the distribution
     causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        # No token ends a text: what follows an end is the model's own distribution too.
-        settings: dict[str, Any] = {
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "pad_token_id": start,
-        }
-        config = GenerationConfig(max_new_tokens=length - 1, **settings)  # type: ignore[no-untyped-call]
+        # No token ends a text: what follows an end is the model's own distribution too. One more token than asked for is
+        # drawn, since the last one's distribution is wanted too.
+        config = GenerationConfig(max_new_tokens=pen.length, do_sample=False, pad_token_id=start)  # type: ignore[no-untyped-call]
         tokens: torch.Tensor = causal_lm.generate(
-            input_ids=first, attention_mask=torch.ones_like(first), generation_config=config
+            input_ids=first,
+            attention_mask=torch.ones_like(first),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([pen]),
         )
-    except RuntimeError as error:
-        if is_out_of_memory(error) or "probability" not in str(error):
-            raise
-        raise ModelError(
-            f"{type(causal_lm).__name__}: wanted probabilities of next tokens, found some that are no numbers. The weights are "
-            "damaged, or too large for bfloat16: try training.precision=fp32."
-        ) from error
     finally:
         causal_lm.generation_config = makers
-    return tokens
+    return tokens[:, : pen.length]
 
 
-def _distributions(causal_lm: Any, tokens: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the likeliest next tokens (n, L, K) at every token, and log-probabilities (n, L, K + 1)."""
-    logits = causal_lm(input_ids=tokens, use_cache=False).logits.float()
+def _distribution(logits: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the likeliest next tokens (N, K) by logits (N, V), and log-probabilities (N, K + 1)."""
     likely = logits.topk(num_likely, dim=-1).indices
     return likely.cpu(), lumped_log_p(logits, likely).cpu()
 

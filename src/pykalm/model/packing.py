@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,15 +71,47 @@ def _read_alone(encoder: Encoder, texts: list[TokenIds]) -> tuple[torch.Tensor, 
 
 
 def _noise_of_one(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor) -> float:
-    """Return how far rounding moves a text that is read in a trie of its own, with the attention in use."""
+    """Return how far rounding moves a text that is read in a trie of its own, with the attention in use and nothing spared."""
     most = MOST_NOISE_OF_ONE[encoder.compute_dtype]
     sizes = {"row_tokens": encoder.row_tokens, "chunk_tokens": encoder.chunk_tokens}
-    vectors = [_embed_as(encoder, [text], packed=True, **sizes) for text in texts] if most else [alone]
+    spared = encoder.reads_unpadded, encoder.narrows
+    try:
+        encoder.reads_unpadded = encoder.narrows = False
+        vectors = [_embed_as(encoder, [text], packed=True, **sizes) for text in texts] if most else [alone]
+    finally:
+        encoder.reads_unpadded, encoder.narrows = spared
     return min(most, _largest_distance(torch.cat(vectors), alone))
 
 
 def _largest_distance(vectors: torch.Tensor, others: torch.Tensor) -> float:
     return float((vectors - others).norm(dim=1).max())
+
+
+@dataclass(eq=False)
+class Allowance:
+    """Decide whether texts are read as they are read alone, by an attention.
+
+    alone (N, D): vectors of the texts read alone; noise: what rounding moves one in a padded group. That of tries of one text,
+    which are as many passes as texts, is measured where it decides.
+    """
+
+    encoder: Encoder
+    texts: list[TokenIds]
+    alone: torch.Tensor
+    noise: float
+    of_one_is_known: bool = False
+
+    @property
+    def most(self) -> float:
+        """Return the largest distance that is allowed by the noise that is known."""
+        return largest_allowed(self.encoder, self.noise)
+
+    def allows(self, distance: float) -> bool:
+        """Return whether a distance is no more than rounding explains."""
+        if distance > self.most and math.isfinite(distance) and not self.of_one_is_known:
+            self.of_one_is_known = True
+            self.noise = max(self.noise, _noise_of_one(self.encoder, self.texts, self.alone))
+        return distance <= self.most
 
 
 def largest_allowed(encoder: Encoder, noise: float) -> float:
@@ -126,35 +160,34 @@ def choose_passes(encoder: Encoder, verbalizer: Verbalizer) -> None:
     encoder.reads_unpadded = encoder.narrows = False
     for attention in (*encoder.faster_attentions(), own):
         encoder.use_attention(attention)
-        difference, noise_of_one = _difference_from(encoder, texts, alone)
-        allowed = largest_allowed(encoder, max(noise, noise_of_one))
-        encoder.packed = difference <= allowed
+        allowance = Allowance(encoder, texts, alone, noise)
+        difference, encoder.packed = _difference_from(encoder, texts, allowance)
         if encoder.packed and attention == FLEX:
             (refuses,) = any_of([not _learns_like(encoder, own, texts)])  # in any process
             encoder.packed = not refuses
         if encoder.packed:
-            _spare_what_can_be(encoder, texts, alone, allowed)
+            _spare_what_can_be(encoder, texts, allowance)
             return
         if attention == FLEX:
             log.warning("kalm: %s does not read a token trie exactly by FlexAttention; taking %s: slower.", name, own)
     log.warning(
         "kalm: %s cannot share what texts begin with: its vectors would be %.2g away from those of texts read alone (%.2g "
-        "allowed). Taking separate passes: same result, slower.", name, difference, allowed,
+        "allowed). Taking separate passes: same result, slower.", name, difference, allowance.most,
     )  # fmt: skip
 
 
-def _spare_what_can_be(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> None:
+def _spare_what_can_be(encoder: Encoder, texts: list[TokenIds], allowance: Allowance) -> None:
     """Let the model read rows end to end, and its last layer in part, where it then reads texts as it reads them alone."""
     ways = itertools.product(
         (True, False) if encoder.attention == MATMUL_ATTENTION else (False,),
         (True, False) if encoder.device.type == "cpu" and can_be_narrowed(encoder.causal_lm) else (False,),
     )
     for encoder.reads_unpadded, encoder.narrows in ways:
-        if not (encoder.reads_unpadded or encoder.narrows) or _reads_sparing(encoder, texts, alone, allowed):
+        if not (encoder.reads_unpadded or encoder.narrows) or _reads_sparing(encoder, texts, allowance):
             return
 
 
-def _reads_sparing(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor, allowed: float) -> bool:
+def _reads_sparing(encoder: Encoder, texts: list[TokenIds], allowance: Allowance) -> bool:
     """Return whether the model reads texts so as it reads them alone; tried on short rows, many in a pass."""
     try:
         vectors = _embed_as(encoder, texts, packed=True, row_tokens=1, chunk_tokens=sum(map(len, texts)))
@@ -163,17 +196,17 @@ def _reads_sparing(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor,
             raise
         log.info("%s cannot be read so (%s)", type(encoder.causal_lm).__name__, error)
         return False
-    return _largest_distance(vectors, alone) <= allowed
+    return allowance.allows(_largest_distance(vectors, allowance.alone))
 
 
-def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tensor) -> tuple[float, float]:
-    """Return the largest distance of the texts' vectors in one trie from those read alone, and that of tries of one text.
+def _difference_from(encoder: Encoder, texts: list[TokenIds], allowance: Allowance) -> tuple[float, bool]:
+    """Return the largest distance of the texts' vectors in one trie from those read alone, and whether that is allowed.
 
-    The first is inf where a trie is refused.
+    The distance is inf where a trie is refused.
     """
     try:
-        packed = _largest_distance(_read_packed(encoder, texts), alone)
-        return packed, _noise_of_one(encoder, texts, alone)
+        difference = _largest_distance(_read_packed(encoder, texts), allowance.alone)
+        return difference, allowance.allows(difference)
     except REFUSALS[encoder.attention == FLEX] as error:
         if is_out_of_memory(error):
             raise  # says nothing about the mask
@@ -183,7 +216,7 @@ def _difference_from(encoder: Encoder, texts: list[TokenIds], alone: torch.Tenso
             encoder.attention,
             error,
         )
-        return float("inf"), 0.0
+        return math.inf, False
 
 
 def _learns_like(encoder: Encoder, own: str, texts: list[TokenIds]) -> bool:

@@ -27,7 +27,7 @@ from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.memory import explained_memory
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
-from pykalm.model.encoder import Encoder
+from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
 from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
@@ -94,8 +94,11 @@ class Run:
         save_adapter(self.encoder.model, self.adapter_folder, notes=notes)
 
 
-def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
-    """Start a run: base model with fresh adapters, nothing learned yet. Raises RunError where one exists already."""
+def new_run(path: Path, config: Config, graph: KnowledgeGraph, *, progress: Progress | None = None) -> Run:
+    """Start a run: base model with fresh adapters, nothing learned yet. Raises RunError where one exists already.
+
+    progress: is told how far the base model is with its own texts, in the main process.
+    """
     if on_main(lambda: (path / "config.yaml").exists()):
         raise RunError(
             f"{path}: wanted a new folder for the run, found a run. Take another --out, delete the folder, or go on "
@@ -105,7 +108,7 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
     config = config.settled()
     with explained_memory(MEMORY_REMEDY):
         language_model = load_base(config)
-    own_texts = _own_texts(config, language_model)  # before there is an adapter
+    own_texts = _own_texts(config, language_model, progress)  # before there is an adapter
     with explained_memory(MEMORY_REMEDY):
         run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
         if config.objective.implicit or config.objective.kl_weight:
@@ -127,7 +130,7 @@ def reopen_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
         return replace(run, own_texts=OwnTexts.load(path / OWN_TEXTS))
 
 
-def _own_texts(config: Config, base: LanguageModel) -> OwnTexts:
+def _own_texts(config: Config, base: LanguageModel, progress: Progress | None) -> OwnTexts:
     """Let the base model write what training is held to, if it is; the main process writes for all, who wait."""
     if not config.objective.kl_weight:
         return OwnTexts.none()
@@ -138,7 +141,7 @@ def _own_texts(config: Config, base: LanguageModel) -> OwnTexts:
 
     def write() -> OwnTexts:
         with all_threads():
-            return write_own_texts(base.model, first_token(base.tokenizer), seed=config.seed)
+            return write_own_texts(base.model, first_token(base.tokenizer), seed=config.seed, progress=progress)
 
     try:
         return on_main(write)
