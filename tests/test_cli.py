@@ -111,6 +111,15 @@ def test_a_list_of_graphs_is_a_table_or_json(
     assert "world" in capsys.readouterr().out
 
 
+def test_a_graph_that_is_not_here_says_how_it_is_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KALM_DATA", raising=False)
+    monkeypatch.setenv("KALM_CACHE", str(tmp_path))
+    assert cli.main(["data", "list"]) == 0
+    assert "not here: kalm data fetch wn18rr" in capsys.readouterr().out
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, object]:
     """Record what `kalm train` passes on, in place of training."""

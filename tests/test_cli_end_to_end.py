@@ -43,7 +43,9 @@ def test_a_run_is_not_overwritten(run: Path, graph: Path, capsys: pytest.Capture
 
 def test_a_finished_run_resumes_to_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--out", str(run), "--resume", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"run": str(run)}
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"run": str(run)}
+    assert "No step was left" in printed.err
 
 
 def test_resume_with_other_settings_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +110,36 @@ def test_free_text_needs_no_entity(run: Path, capsys: pytest.CaptureFixture[str]
     assert "--free-text" in capsys.readouterr().err
     assert cli.main([*question, "--free-text"]) == 0
     assert "Atlantis" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "found"),
+    [
+        ("predict", ["--head", "Fijj", "--relation", "capital"], "'Fiji'"),
+        ("predict", ["--head", "Fiji", "--relation", "capitol"], "The nearest is 'capital'"),
+        ("predict", ["--free-text", "--head", "Atlantis", "--relation", "capitol"], "The nearest is 'capital'"),
+        ("links", ["--split", "tset"], "has no split 'tset'"),
+        ("links", ["--graph", "wrold"], "The nearest is 'world'"),
+        ("qa", ["--split", "tset"], "has no split 'tset'"),
+        ("geometry", ["--split", "tset"], "has no split 'tset'"),
+        ("rerank", ["--split", "tset"], "has no split 'tset'"),
+    ],
+)
+def test_what_the_graph_lacks_is_said_before_the_model_is_read(
+    command: str,
+    options: list[str],
+    found: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load_base(*_: object, **__: object) -> None:
+        raise AssertionError("the model is read")
+
+    monkeypatch.setattr("pykalm.model.run.load_base", load_base)
+    words = [command] if command == "predict" else ["evaluate", command]
+    assert cli.main([*words, str(run), *options]) == 1
+    assert found in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,8 @@ def test_all_problems_are_said_at_once_with_their_lines(tmp_path: Path) -> None:
         ("training.lerning_rate=1", "training.learning_rate"),
         ("grahp=1", "graph"),
         ("trainig.epochs=1", "training.epochs"),
+        ("training.lr=1", "training.learning_rate"),
+        ("objective.lambda=1", "objective.implicit_weight"),
     ],
 )
 def test_the_nearest_key_is_suggested(override: str, suggestion: str) -> None:
@@ -81,7 +83,9 @@ def test_the_nearest_key_is_suggested(override: str, suggestion: str) -> None:
 
 
 def test_a_missing_graph_is_said() -> None:
-    assert "graph: wanted a text, found nothing" in problems_of(None)
+    message = problems_of(None)
+    assert "graph: wanted a text, found nothing" in message
+    assert "Give one with --graph" in message
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,11 @@ def test_a_section_must_hold_keys() -> None:
             "at most training.chunk_tokens (2048); found 4096",
         ),
         (["training.learning_rate=.nan"], "training.learning_rate: wanted auto or a number > 0, found nan"),
+        (["training.learning_rate=true"], "training.learning_rate: wanted auto or a number > 0, found true"),
+        (["training.batch_size=false"], "training.batch_size: wanted an integer ≥ 1, found false"),
+        (["training.max_steps=true"], "training.max_steps: wanted an integer ≥ 1 or null, found true"),
+        (["training=true"], "training is a section: wanted `key: value` lines below it, found true"),
+        (["seed=null"], "found null"),
         (["training.clip_norm=.inf"], "training.clip_norm: wanted a number > 0, found inf"),
         (["training.trackers=[tensorbord]"], "wanted a list of tensorboard or wandb"),
         (["text.descriptions=maybe"], "wanted true or false, found 'maybe'"),

@@ -35,7 +35,7 @@ def test_the_configuration_page_is_generated_from_the_settings() -> None:
 def test_the_example_of_the_configuration_page_is_valid(tmp_path: Path) -> None:
     (example,) = blocks(REPOSITORY / "docs" / "configuration.md", "yaml")
     (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
-    assert load_config(tmp_path / "example.yaml").training.learning_rate == 0.001
+    assert load_config(tmp_path / "example.yaml").training.batch_size == 64
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -29,7 +29,7 @@ def take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def take(*arguments: Any, **settings: Any) -> Taken:
         found: list[Taken] = []
 
-        def new_run(path: Path, config: Config, graph: KnowledgeGraph) -> None:
+        def new_run(path: Path, config: Config, graph: KnowledgeGraph, **_: object) -> None:
             found.append((config, graph))
             raise Stopped
 

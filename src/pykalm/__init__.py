@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         load_graph,
         load_run,
         predict,
+        require_names,
+        require_split,
         train,
     )
     from pykalm.api_compare import compare_runs, evaluate_rerank
@@ -75,6 +77,8 @@ __all__ = [
     "qa_table",
     "rank_answers",
     "relation_table",
+    "require_names",
+    "require_split",
     "rerank_table",
     "run_ablation",
     "run_bench",

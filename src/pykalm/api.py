@@ -14,7 +14,7 @@ import torch
 
 from pykalm.config import Config, TextSettings
 from pykalm.errors import KalmError, ModelError, RunError, TrainingError
-from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
+from pykalm.evaluate.links import LinkPredictionReport, choose_triples, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
 from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
@@ -37,7 +37,7 @@ from pykalm.model.sharding import is_sharded
 from pykalm.processes import any_of, count, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
-from pykalm.use.predict import Prediction, Predictor
+from pykalm.use.predict import Prediction, Predictor, find_entity
 
 __all__ = [
     "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "UnsavedReport",
@@ -158,6 +158,18 @@ def predict(
     return Predictor(run.graph, run.encoder, run.verbalizer, open_index(run)).predict(
         relation=relation, head=head, tail=tail, k=k, free_text=free_text, description=description, hide_known=hidden
     )
+
+
+def require_names(graph: KnowledgeGraph, *, relation: str, entity: str | None = None) -> None:
+    """Raise GraphError, with the nearest names, where a graph lacks what `predict` would be asked about."""
+    graph.find_relation(relation)
+    if entity is not None:
+        find_entity(graph, entity)
+
+
+def require_split(graph: KnowledgeGraph, config: Config, split: str | None) -> None:
+    """Raise GraphError where a graph has no triples in a split, evaluation.split of the settings by default."""
+    choose_triples(graph, config.evaluation.split if split is None else split, None, 0)
 
 
 def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:

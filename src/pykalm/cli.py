@@ -23,8 +23,10 @@ from pykalm.cli_options import (
     Device,
     OtherGraph,
     RunFolder,
+    has_split,
     label_of,
     opened,
+    other_graph,
     show_measured,
 )
 from pykalm.config import load_config, load_kept_config
@@ -168,12 +170,17 @@ def train(
     named = [f"{key}={json.dumps(value)}" for key, value in given if value]
     overrides = [*(overrides or []), *named]
     settings = load_kept_config(kept, overrides) if resume and config is None else load_config(config, overrides)
-    say(f"Aligning {settings.model} with {settings.graph}: the model is read and checked first ...")
+    say(f"Reading {settings.graph} and {settings.model}, and trying how the model reads its texts ...")
+    steps: list[int] = []
     try:
         with show_progress("training") as watch:
-            run = pykalm.train(
-                out=out, config=settings, resume=resume, watch=watch_training(watch), progress=watch_texts(watch)
-            )
+            tell = watch_training(watch)
+
+            def told(report: "StepReport") -> None:
+                steps.append(report.step)
+                tell(report)
+
+            run = pykalm.train(out=out, config=settings, resume=resume, watch=told, progress=watch_texts(watch))
     except KeyboardInterrupt:
         if kept.is_file():
             saved = (out / "state").is_dir()  # a second Ctrl-C does not wait for a save
@@ -182,6 +189,8 @@ def train(
                 f"--out {out} --resume"
             )
         raise
+    if not steps:
+        say("No step was left: this training had ended before. A longer one is a new run, with another --out.")
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")
     print_json({"run": str(run.path)}) if as_json else None
 
@@ -198,12 +207,13 @@ def evaluate_links(
     as_json: AsJson = False,
 ) -> None:
     """Rank the true answer of every triple among all entities, in both directions (filtered)."""
-    run = opened(folder, device)
+    other = other_graph(graph)
+    run = opened(folder, device, has_split(split, other))
     label = label_of(baseline)
 
     def measure() -> "LinkPredictionReport":
         with show_progress("evaluating") as watch:
-            return pykalm.evaluate_links(run, split=split, baseline=baseline, graph=graph, limit=limit, progress=watch)
+            return pykalm.evaluate_links(run, split=split, baseline=baseline, graph=other, limit=limit, progress=watch)
 
     def by_relation(results: dict[str, dict[str, Any]]) -> object:
         return pykalm.relation_table(results[label])
@@ -233,7 +243,8 @@ def predict(
     if (head is None) == (tail is None):
         found = "neither" if head is None else "both"
         raise UsageError(f"wanted one of --head and --tail, found {found}. The other one is what is asked.")
-    run = opened(folder, device)
+    entity = None if free_text else head or tail
+    run = opened(folder, device, lambda _, graph: pykalm.require_names(graph, relation=relation, entity=entity))
     prediction = pykalm.predict(
         run, head=head, tail=tail, relation=relation, k=k, free_text=free_text, hide_known=hide_known
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, AskedSplit, Device, RunFolder, listed, opened, show_measured
+from pykalm.cli_options import AsJson, AskedSplit, Device, RunFolder, has_split, listed, opened, show_measured
 from pykalm.config import load_config
 from pykalm.errors import UsageError
 from pykalm.terminal import print_json, print_table, say, show_progress
@@ -42,7 +42,7 @@ def evaluate_rerank(
     as_json: AsJson = False,
 ) -> None:
     """Re-rank the best answers by how likely the language model writes them; the weight is chosen on valid."""
-    run = opened(folder, device)
+    run = opened(folder, device, has_split(split))
 
     def measure() -> "RerankReport":
         with show_progress("reading answers") as watch:

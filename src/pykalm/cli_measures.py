@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pykalm
-from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, label_of, listed, opened, show_measured
+from pykalm.cli_options import AsJson, Baseline, Device, RunFolder, has_split, label_of, listed, opened, show_measured
 from pykalm.terminal import say, show_progress
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def evaluate_geometry(
     as_json: AsJson = False,
 ) -> None:
     """Measure how the vectors of queries, candidates and plain sentences lie, and Theorem 1."""
-    run = opened(folder, device)
+    run = opened(folder, device, has_split(split))
 
     def measure(is_baseline: bool) -> "GeometryReport":
         with show_progress("measuring") as watch:

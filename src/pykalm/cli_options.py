@@ -10,6 +10,8 @@ import pykalm
 from pykalm.terminal import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from pykalm.config import Config
+    from pykalm.graph.graph import KnowledgeGraph
     from pykalm.model.run import Run
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
@@ -27,10 +29,23 @@ def listed(names: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (names or "").split(",") if name.strip())
 
 
-def opened(folder: Path, device: str | None) -> "Run":
-    """Return the run of a folder; what takes some seconds is said before."""
+Check = Callable[["Config", "KnowledgeGraph"], None]
+
+
+def opened(folder: Path, device: str | None, check: Check | None = None) -> "Run":
+    """Return the run of a folder; what takes some seconds is said before, and what is wrong with a question before these."""
     say(f"Reading {folder}: its graph, base model and learned weights ...")
-    return pykalm.load_run(folder, device=device)
+    return pykalm.load_run(folder, device=device, check=check)
+
+
+def other_graph(source: str | None) -> "KnowledgeGraph | None":
+    """Return the graph that --graph names."""
+    return None if source is None else pykalm.load_graph(source)
+
+
+def has_split(split: str | None, other: "KnowledgeGraph | None" = None) -> Check:
+    """Return the check that the graph of a run, or the other one that is asked about, has triples in a split."""
+    return lambda config, own: pykalm.require_split(own if other is None else other, config, split)
 
 
 def label_of(is_baseline: bool) -> str:

@@ -12,9 +12,11 @@ from pykalm.cli_options import (
     Device,
     OtherGraph,
     RunFolder,
+    has_split,
     label_of,
     listed,
     opened,
+    other_graph,
     show_measured,
 )
 from pykalm.terminal import say, show_progress
@@ -54,14 +56,15 @@ def evaluate_qa(
 
     Interrupted, it goes on where it stopped when it is called again.
     """
-    run = opened(folder, device)
+    other = other_graph(graph)
+    run = opened(folder, device, has_split(split, other))
 
     def measure() -> "QaReport":
         with show_progress("asking") as watch:
             return pykalm.evaluate_qa(
                 run, tasks=listed(tasks), shots=shots, descriptions=descriptions,
                 constrained=constrained, ranked=ranked, wording=wording, max_new_tokens=max_new_tokens, split=split,
-                baseline=baseline, graph=graph, limit=limit, progress=watch,
+                baseline=baseline, graph=other, limit=limit, progress=watch,
             )  # fmt: skip
 
     try:

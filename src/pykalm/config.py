@@ -176,21 +176,39 @@ def explain(error: ValidationError, settings: Mapping[str, Setting]) -> list[str
         if problem["type"] == "extra_forbidden":
             lines[key] = f"{place}{key} is not a setting.{suggest(key)}"
         elif problem["type"] == "missing":
-            lines[key] = f"{key}: wanted {describe(FIELDS[key])}, found nothing. {FIELDS[key].description}"
+            wanted = f"{describe(FIELDS[key])}, found nothing. {FIELDS[key].description}"
+            lines[key] = f"{key}: wanted {wanted} Give one with --{key}."
         elif problem["type"] == "value_error" and key not in FIELDS:
             lines[key] = f"{problem['msg'].removeprefix('Value error, ')}."
         elif key in FIELDS:
-            lines[key] = f"{place}{key}: wanted {describe(FIELDS[key])}, found {settings[key].value!r}."
+            lines[key] = f"{place}{key}: wanted {describe(FIELDS[key])}, found {as_written(settings[key].value)}."
         else:
-            found = repr(settings[key].value)
+            found = as_written(settings[key].value)
             lines[key] = f"{place}{key} is a section: wanted `key: value` lines below it, found {found}."
     return list(lines.values())
+
+
+def as_written(value: Any) -> str:
+    """Write a value as one writes it in a settings file where Python has another word for it: null, true, false."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+OTHER_NAMES = {
+    "lr": "training.learning_rate",
+    "steps": "training.max_steps",
+    "r": "adapter.rank",
+    "beta": "objective.kl_weight",
+    "gamma": "objective.margin",
+    "lambda": "objective.implicit_weight",
+    "tau": "objective.temperature",
+}
+"""What others, and the paper, call a setting."""
 
 
 def suggest(key: str) -> str:
     """Name the setting that an unknown key most likely stands for, or say nothing."""
     leaf = key.rpartition(".")[2]
-    by_leaf = {known.rpartition(".")[2]: known for known in FIELDS}
+    by_leaf = OTHER_NAMES | {known.rpartition(".")[2]: known for known in FIELDS}
     near = difflib.get_close_matches(leaf, by_leaf, n=1) or difflib.get_close_matches(key, FIELDS, n=1)
     return f" Did you mean {by_leaf.get(near[0], near[0])}?" if near else ""
 
@@ -255,7 +273,7 @@ and `--set key=value` with a dotted key and a YAML value, as in
 graph: world
 training:
   epochs: 3
-  learning_rate: 1e-3
+  batch_size: 64
 ```
 
 Unknown keys and values out of bounds are refused, all in one message. Every run folder keeps the resolved

@@ -107,8 +107,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     with explain_write_errors(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise RunError(f"{folder}: wanted a folder, found a file. Name another one.") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(f"{folder}: wanted a folder, found a file there or on the way. Name another one.") from error
         handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
         if handle is not None:

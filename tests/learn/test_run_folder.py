@@ -83,7 +83,7 @@ def test_drafts_of_killed_processes_are_removed_by_the_next_writer(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("place", "found", "remedy"), [
-    ("file/run", "cannot save", "Check the folder and its rights"),
+    ("file/run", "wanted a folder, found a file", "Name another one"),
     ("n" * 300, "cannot save", "Check the folder and its rights"),
     ("file", "wanted a folder, found a file", "Name another one"),
 ])  # fmt: skip

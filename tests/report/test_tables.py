@@ -119,4 +119,4 @@ def test_catalogue_table_says_where_a_graph_lies(tmp_path: Path) -> None:
     text = printed(catalogue_table(entries))
     assert row_of(text, "mine")[-1] == "graphs"
     assert "[of things]" in text
-    assert row_of(text, "away")[-3:] == ["not", "here", "yet"]
+    assert row_of(text, "away")[-3:] == ["data", "fetch", "away"]

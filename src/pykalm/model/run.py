@@ -13,7 +13,7 @@ RUN/
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -230,9 +230,16 @@ def load_base(config: Config, *, device: str | None = None) -> LanguageModel:
     return load_language_model(config.model, dtype=dtype, quantize=config.adapter.quantize, device=target)
 
 
-def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGraph | None = None) -> Run:
+def load_run(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    graph: KnowledgeGraph | None = None,
+    check: Callable[[Config, KnowledgeGraph], None] | None = None,
+) -> Run:
     """Open a trained run. `graph` replaces the graph it was trained on; by default that one is found again by name.
 
+    check: is called with settings and graph before the model is read, to raise what is wrong with a question.
     Raises RunError where the folder is none, is damaged or of another version, or where base model or graph changed.
     In a launch of several processes all call it alike.
     """
@@ -247,6 +254,8 @@ def load_run(path: str | Path, *, device: str | None = None, graph: KnowledgeGra
         )
     if graph is None:
         graph = _graph_of(path, config, alignment)
+    if check is not None:
+        check(config, graph)
     with explained_memory(MEMORY_REMEDY):
         language_model, model, alignment = _load_aligned(path, config, device)
         run = build_run(

@@ -130,7 +130,7 @@ def catalogue_table(entries: Sequence[GraphEntry]) -> Table:
     table.add_column("what it is", max_width=44)
     table.add_column("where", style="dim", overflow="fold")
     for entry in entries:
-        where = str(entry.folder) if entry.folder else "not here yet"
+        where = str(entry.folder) if entry.folder else f"not here: kalm data fetch {entry.name}"
         table.add_row(Text(entry.name), Text(entry.summary), Text(where))
     return table
 

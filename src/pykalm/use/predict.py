@@ -10,6 +10,7 @@ from pykalm.errors import GraphError, UsageError
 from pykalm.evaluate.links import GraphTexts
 from pykalm.graph.graph import KnowledgeGraph
 from pykalm.graph.known import known_answers
+from pykalm.graph.names import EntityMatch
 from pykalm.model.index import EntityIndex, TextEncoder
 from pykalm.text.texts import TokenIds
 
@@ -131,10 +132,7 @@ class Predictor:
         )
 
     def _find_subject(self, text: str) -> _Subject:
-        try:
-            match = self.graph.find_entity(text)
-        except GraphError as error:
-            raise GraphError(f"{error}{FREE_TEXT_HINT}") from error
+        match = find_entity(self.graph, text)
         others = tuple(self._named(other) for other in match.others)
         return _Subject(match.entity, self._named(match.entity), match.how, others)
 
@@ -167,6 +165,14 @@ class Predictor:
     def _named(self, entity: int) -> NamedEntity:
         graph = self.graph
         return NamedEntity(graph.entity_ids[entity], graph.entity_names[entity], graph.entity_descriptions[entity])
+
+
+def find_entity(graph: KnowledgeGraph, text: str) -> EntityMatch:
+    """Find what a question is about. Raises GraphError, which names free text as a way, for what the graph lacks."""
+    try:
+        return graph.find_entity(text)
+    except GraphError as error:
+        raise GraphError(f"{error}{FREE_TEXT_HINT}") from error
 
 
 def _given_side(head: str | None, tail: str | None) -> tuple[Literal["head", "tail"], str]:
