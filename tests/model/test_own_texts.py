@@ -1,6 +1,7 @@
 """The base model's own texts: drawn from it as it is, by seed, before there is an adapter; kept whole or refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pykalm.errors import ModelError, RunError
 from pykalm.learn.losses import kl_sum
 from pykalm.model import own_texts
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
+from pykalm.model.side_by_side import side_by_side
 from tests.laws.common import tiny_graph
 from tests.laws.test_law_08_save_and_resume import SETTINGS
 from tests.tiny_models import TOKENIZER_SIZE, save_tiny_model, tiny_model, tiny_tokenizer
@@ -51,17 +53,47 @@ def test_what_is_kept_of_a_token_is_what_the_model_says_of_the_text_up_to_it(fam
 
 def test_tokens_are_drawn_as_often_as_they_are_likely_and_those_of_probability_0_never() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.19, 0.01, 0.0])
-    torch.manual_seed(0)
-    found = own_texts.drawn(shares.log().expand(20_000, -1)).squeeze(1).bincount(minlength=7) / 20_000
+    found = (
+        own_texts.drawn(shares.log().expand(20_000, -1), torch.Generator().manual_seed(0))
+        .squeeze(1)
+        .bincount(minlength=7)
+        / 20_000
+    )
     assert found[shares == 0].tolist() == [0, 0, 0]
     assert found.tolist() == pytest.approx(shares.tolist(), abs=0.012)  # three standard deviations of .5
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_texts_are_the_same_however_many_threads_write(moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts side by side, or one after another where passes move what threads share."""
+    model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
+    monkeypatch.setattr(own_texts, "moves_what_is_shared", lambda _: moves)
+    at_once: list[int] = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        at_once.append(options["at_once"])
+        return side_by_side(*given, **options)
+
+    monkeypatch.setattr(own_texts, "side_by_side", counted)
+    threads = torch.get_num_threads()
+    try:
+        written = []
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            written.append(write_own_texts(model, 1, seed=0, num_texts=6, length=5))
+    finally:
+        torch.set_num_threads(threads)
+    assert at_once == ([1, 1, 1] if moves else [1, 2, 4])
+    assert all(same(texts, written[0]) for texts in written)
+    assert len(np.unique(written[0].tokens, axis=0)) > 1
 
 
 def test_progress_is_told_of_every_token() -> None:
     told: list[tuple[int, int]] = []
     model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
-    write_own_texts(model, 1, seed=0, num_texts=2, length=4, progress=lambda *report: told.append(report))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    write_own_texts(model, 1, seed=0, num_texts=5, length=4, progress=lambda *report: told.append(report))
+    done = [count for count, _ in told]
+    assert (done, done[-1], {total for _, total in told}) == (sorted(set(done)), 20, {20})
 
 
 def test_a_makers_settings_for_generation_bend_nothing_and_are_put_back() -> None:

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from pykalm.model.layers import computing_in, find_layers
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.pooling import POOLINGS
 from pykalm.model.sharding import give_back, is_sharded, shard, whole
-from pykalm.model.side_by_side import side_by_side
+from pykalm.model.side_by_side import moves_what_is_shared, side_by_side
 from pykalm.processes import failing_together, gather_rows, rank, share_out
 from pykalm.text.texts import IntArray, Texts, TokenIds, sorted_rows
 from pykalm.text.trie import RowGroup, TokenTrie, build_trie, row_group
@@ -135,31 +134,11 @@ class Encoder(nn.Module):
         )
 
     def _moves_what_is_shared(self) -> bool:
-        """Return whether passes in the present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
-
-        So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training,
-        and longrope, which sets its frequencies by the length of each text; and what is computed again in the backward pass
-        would draw other numbers there.
-        """
+        """Return whether passes in the present mode move what threads share; so does what is computed again, and draws anew."""
         if self._moves is None:
-            before = self._shared_state()
-            with (
-                torch.no_grad(),
-                torch.random.fork_rng(devices=[]),
-                drawing_from(0),
-                self.precision(),
-                torch.compiler.set_stance("force_eager"),  # nothing is compiled for two tokens
-            ):
-                generator = torch.get_rng_state()
-                self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
-                draws = not torch.equal(torch.get_rng_state(), generator)
-            self._moves = draws or self.computes_again or before != self._shared_state()
+            with drawing_from(0), self.precision():
+                self._moves = self.computes_again or moves_what_is_shared(self.causal_lm)
         return self._moves
-
-    def _shared_state(self) -> list[tuple[int, int]]:
-        """Return where all weights and buffers are, and how often each was written to."""
-        held = chain(self.causal_lm.parameters(), self.causal_lm.buffers())
-        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
 
     def precision(self) -> torch.autocast:
         """Return the context in which the model computes: bfloat16 by autocast, or nothing."""

@@ -2,8 +2,12 @@
 
 import hashlib
 import zipfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +20,14 @@ from pykalm.files import replace_file
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Progress
 from pykalm.model.layers import computing_in
+from pykalm.model.side_by_side import moves_what_is_shared, side_by_side
 from pykalm.text.texts import IntArray, Texts, starts_of
 
 NUM_TEXTS = 128
 LENGTH = 64
 """Tokens of a text, the first, from which it is written, among them; fewer where a model has fewer positions."""
+PARTS = {"cpu": 4}
+"""Texts are written in so many parts, several at a time on a CPU; at once elsewhere."""
 NUM_LIKELY = 128
 """Next tokens whose probabilities are kept; those of all others are kept as one sum."""
 LEAST = -1e4
@@ -109,7 +116,6 @@ def first_token(tokenizer: Any) -> int:
     raise ModelError("wanted a tokenizer with a begin or end token, found neither. Set bos_token in its configuration.")
 
 
-@torch.no_grad()
 def write_own_texts(
     causal_lm: Any,
     start: int,
@@ -122,46 +128,91 @@ def write_own_texts(
 ) -> OwnTexts:
     """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
 
-    progress: is called with (tokens of each text done, tokens of each text). Raises ModelError where its probabilities are no
+    progress: is called with (tokens done, tokens in all), by any thread. Raises ModelError where its probabilities are no
     numbers, OutOfMemoryError.
     """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
-    device, was_training = causal_lm.device, causal_lm.training
-    half = computing_in(next(causal_lm.parameters()).dtype, device)
+    tally = Tally(num_texts * length, progress)
+    counts = [
+        len(part) for part in np.array_split(np.arange(num_texts), PARTS.get(causal_lm.device.type, 1)) if len(part)
+    ]
+    pens = [
+        Pen(count, length, num_likely, torch.Generator(causal_lm.device).manual_seed(part_seed), tally)
+        for count, part_seed in zip(
+            counts, np.random.SeedSequence(seed).generate_state(len(counts)).tolist(), strict=True
+        )
+    ]
+    with explained_memory(REMEDY), _reading(causal_lm) as at_once:
+        written = side_by_side(partial(_written, causal_lm, start), pens, at_once=at_once)
+        with closing(written):
+            tokens = torch.cat(list(written))
+    likely, log_p = (torch.cat([pen.column(which) for pen in pens]).numpy() for which in (0, 1))
+    return OwnTexts(tokens.numpy().astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
+
+
+@contextmanager
+def _reading(causal_lm: Any) -> Iterator[int]:
+    """Let a model read as it is, in eval mode and by no settings of its maker's; yields how many threads may do so at once."""
+    was_training, makers = causal_lm.training, causal_lm.generation_config
     causal_lm.eval()
-    pen = Pen(length, num_likely, progress or (lambda done, total: None))
+    causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        with explained_memory(REMEDY), half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            tokens = _written(causal_lm, start, num_texts, pen)
+        if causal_lm.device.type != "cpu" or moves_what_is_shared(causal_lm):
+            yield 1
+        else:
+            yield torch.get_num_threads()
     finally:
+        causal_lm.generation_config = makers
         causal_lm.train(was_training)
-    likely, log_p = (torch.stack(column, dim=1).numpy() for column in zip(*pen.kept, strict=True))
-    return OwnTexts(tokens.cpu().numpy().astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
+
+
+class Tally:
+    """Count tokens that several threads write, of so many in all, and tell of them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.progress = total, progress
+        self.done, self.lock = 0, Lock()
+
+    def add(self, tokens: int) -> None:
+        """Count tokens more."""
+        with self.lock:
+            self.done += tokens
+            if self.progress is not None:
+                self.progress(self.done, self.total)
 
 
 class Pen(LogitsProcessor):
-    """Draw every next token of some texts from the model's distribution as it is, and keep that distribution.
+    """Draw every next token of N texts from the model's distribution as it is, and keep that distribution.
 
     As `generate` draws, but by one random number a text instead of one a word, which are most of the work on a CPU.
-    kept: of every token of the texts the likeliest next ones (N, K), and log-probabilities (N, K + 1) as in OwnTexts.
     """
 
-    def __init__(self, length: int, num_likely: int, progress: Progress) -> None:
-        self.length, self.num_likely, self.progress = length, num_likely, progress
+    def __init__(self, count: int, length: int, num_likely: int, generator: torch.Generator, tally: Tally) -> None:
+        self.count, self.length, self.num_likely, self.generator, self.tally = (
+            count,
+            length,
+            num_likely,
+            generator,
+            tally,
+        )
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return scores (N, V) that leave one token, drawn from those given; input_ids (N, tokens so far)."""
         if len(self.kept) < self.length:  # on a GPU `generate` may ask once more before it sees that it is done
             self.kept.append(_distribution(scores, self.num_likely))
-            self.progress(len(self.kept), self.length)
-        return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter_(-1, drawn(scores), 0.0))
+            self.tally.add(self.count)
+        taken = torch.full_like(scores, -torch.inf).scatter_(-1, drawn(scores, self.generator), 0.0)
+        return cast(torch.FloatTensor, taken)
+
+    def column(self, which: int) -> torch.Tensor:
+        """Return of every token the likeliest next ones (N, L, K), or their log-probabilities (N, L, K + 1), as in OwnTexts."""
+        return torch.stack([token[which] for token in self.kept], dim=1)
 
 
-def drawn(logits: torch.Tensor) -> torch.Tensor:
+def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a token (N, 1) drawn from each distribution (N, V). Raises ModelError where one is of no numbers."""
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # of which MPS has none
     below = logits.softmax(-1).cumsum(-1, dtype=exact)
@@ -171,29 +222,26 @@ def drawn(logits: torch.Tensor) -> torch.Tensor:
             "wanted probabilities of next tokens, found some that are no numbers. The weights are damaged, or too large for "
             "bfloat16: try training.precision=fp32."
         )
+    number = torch.rand(total.shape, generator=generator, dtype=exact, device=logits.device) * total
     # The first token whose sum is above the number: never one of probability 0.
-    number = torch.rand_like(total) * total
     return torch.searchsorted(below, number, right=True).clamp_max(logits.shape[-1] - 1)
 
 
-def _written(causal_lm: Any, start: int, num_texts: int, pen: Pen) -> torch.Tensor:
+@torch.no_grad()
+def _written(causal_lm: Any, start: int, pen: Pen) -> torch.Tensor:
     """Return tokens (N, L), every one after the first drawn by the pen."""
-    first = torch.full((num_texts, 1), start, dtype=torch.long, device=causal_lm.device)
-    makers = causal_lm.generation_config  # its temperature or penalty would bend the distribution
-    causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        # No token ends a text: what follows an end is the model's own distribution too. One more token than asked for is
-        # drawn, since the last one's distribution is wanted too.
-        config = GenerationConfig(max_new_tokens=pen.length, do_sample=False, pad_token_id=start)  # type: ignore[no-untyped-call]
+    first = torch.full((pen.count, 1), start, dtype=torch.long, device=causal_lm.device)
+    # No token ends a text: what follows an end is the model's own distribution too. One more token than asked for is drawn,
+    # since the last one's distribution is wanted too.
+    config = GenerationConfig(max_new_tokens=pen.length, do_sample=False, pad_token_id=start)  # type: ignore[no-untyped-call]
+    with computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
         tokens: torch.Tensor = causal_lm.generate(
             input_ids=first,
             attention_mask=torch.ones_like(first),
             generation_config=config,
             logits_processor=LogitsProcessorList([pen]),
         )
-    finally:
-        causal_lm.generation_config = makers
-    return tokens[:, : pen.length]
+    return tokens[:, : pen.length].cpu()
 
 
 def _distribution(logits: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:

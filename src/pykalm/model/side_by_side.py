@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import TypeVar
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,6 +49,30 @@ def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -
         for future in waiting:
             future.cancel()
         wait(waiting)
+
+
+@torch.no_grad()
+def moves_what_is_shared(causal_lm: Any) -> bool:
+    """Return whether passes of a model in its present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
+
+    So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training, and
+    longrope, which sets its frequencies by the length of each text. Such passes may not stand side by side.
+    """
+    before = _shared_state(causal_lm)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.compiler.set_stance("force_eager"),
+    ):  # nothing is compiled for two tokens
+        generator = torch.get_rng_state()
+        causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
+        draws = not torch.equal(torch.get_rng_state(), generator)
+    return draws or before != _shared_state(causal_lm)
+
+
+def _shared_state(model: nn.Module) -> list[tuple[int, int]]:
+    """Return where all weights and buffers are, and how often each was written to."""
+    held = chain(model.parameters(), model.buffers())
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
 
 
 def num_workers(wanted: int) -> int:
