@@ -85,7 +85,7 @@ def test_the_nearest_key_is_suggested(override: str, suggestion: str) -> None:
 def test_a_missing_graph_is_said() -> None:
     message = problems_of(None)
     assert "graph: wanted a text, found nothing" in message
-    assert "Give one with --graph" in message
+    assert "Give one: --graph" in message
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def train(
     """Align a language model with a graph, in a new run folder or, with resume, in the one that stopped there.
 
     settings: values by dotted key, as {"training.epochs": 5}; watch is told of every step, and progress, before the first
-    one, how many tokens of its own texts the base model has written, of how many. A graph that is a folder is
+    one, how far the base model is with its own texts (done, total), by any thread. A graph that is a folder is
     kept as an absolute path, a named one by its name. Returns the run with its best weights. Raises RunError where `out`
     holds a run already (or none, with resume), ConfigError for wrong settings, TrainingError where it cannot go on.
     In a launch of several processes all call it alike; the main one alone writes and calls watch and progress.

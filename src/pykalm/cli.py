@@ -326,7 +326,7 @@ def watch_training(watch: Watcher) -> "Callable[[StepReport], None]":
 
 def watch_texts(watch: Watcher) -> Callable[[int, int], None]:
     """Turn reports of the base model's own texts into progress."""
-    return lambda done, total: watch(done, total, "tokens of the base model's own texts")
+    return lambda done, total: watch(done, total, "the base model's own texts")
 
 
 def describe_step(report: "StepReport") -> str:

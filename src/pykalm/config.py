@@ -177,7 +177,7 @@ def explain(error: ValidationError, settings: Mapping[str, Setting]) -> list[str
             lines[key] = f"{place}{key} is not a setting.{suggest(key)}"
         elif problem["type"] == "missing":
             wanted = f"{describe(FIELDS[key])}, found nothing. {FIELDS[key].description}"
-            lines[key] = f"{key}: wanted {wanted} Give one with --{key}."
+            lines[key] = f"{key}: wanted {wanted} Give one: --{key}, or {key} in the settings."
         elif problem["type"] == "value_error" and key not in FIELDS:
             lines[key] = f"{problem['msg'].removeprefix('Value error, ')}."
         elif key in FIELDS:
@@ -190,6 +190,8 @@ def explain(error: ValidationError, settings: Mapping[str, Setting]) -> list[str
 
 def as_written(value: Any) -> str:
     """Write a value as one writes it in a settings file where Python has another word for it: null, true, false."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_written, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -208,7 +210,9 @@ OTHER_NAMES = {
 def suggest(key: str) -> str:
     """Name the setting that an unknown key most likely stands for, or say nothing."""
     leaf = key.rpartition(".")[2]
-    by_leaf = OTHER_NAMES | {known.rpartition(".")[2]: known for known in FIELDS}
+    by_leaf = {known.rpartition(".")[2]: known for known in FIELDS}
+    if leaf in OTHER_NAMES:
+        return f" Did you mean {OTHER_NAMES[leaf]}?"
     near = difflib.get_close_matches(leaf, by_leaf, n=1) or difflib.get_close_matches(key, FIELDS, n=1)
     return f" Did you mean {by_leaf.get(near[0], near[0])}?" if near else ""
 

@@ -135,9 +135,13 @@ class Encoder(nn.Module):
 
     def _moves_what_is_shared(self) -> bool:
         """Return whether passes in the present mode move what threads share; so does what is computed again, and draws anew."""
-        if self._moves is None:
+
+        def read_two() -> None:
             with drawing_from(0), self.precision():
-                self._moves = self.computes_again or moves_what_is_shared(self.causal_lm)
+                self.causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
+
+        if self._moves is None:
+            self._moves = self.computes_again or moves_what_is_shared(self.causal_lm, read_two)
         return self._moves
 
     def precision(self) -> torch.autocast:

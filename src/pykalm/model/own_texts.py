@@ -5,7 +5,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -28,6 +27,8 @@ LENGTH = 64
 """Tokens of a text, the first, from which it is written, among them; fewer where a model has fewer positions."""
 PARTS = {"cpu": 4}
 """Texts are written in so many parts, several at a time on a CPU; at once elsewhere."""
+TEXTS_AT_ONCE = 4
+"""Texts whose logits (V wide, float32) a thread holds at the same time."""
 NUM_LIKELY = 128
 """Next tokens whose probabilities are kept; those of all others are kept as one sum."""
 LEAST = -1e4
@@ -128,124 +129,135 @@ def write_own_texts(
 ) -> OwnTexts:
     """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
 
-    progress: is called with (tokens done, tokens in all), by any thread. Raises ModelError where its probabilities are no
-    numbers, OutOfMemoryError.
+    progress: is called with (tokens done, tokens in all), each written and read once, by any thread, one at a time. Raises
+    ModelError where its probabilities are no numbers, OutOfMemoryError.
     """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
-    tally = Tally(num_texts * length, progress)
+    tally = Tally(2 * num_texts * length, progress)
     counts = [
         len(part) for part in np.array_split(np.arange(num_texts), PARTS.get(causal_lm.device.type, 1)) if len(part)
     ]
-    pens = [
-        Pen(count, length, num_likely, torch.Generator(causal_lm.device).manual_seed(part_seed), tally)
-        for count, part_seed in zip(
-            counts, np.random.SeedSequence(seed).generate_state(len(counts)).tolist(), strict=True
-        )
-    ]
-    with explained_memory(REMEDY), _reading(causal_lm) as at_once:
-        written = side_by_side(partial(_written, causal_lm, start), pens, at_once=at_once)
-        with closing(written):
-            tokens = torch.cat(list(written))
-    likely, log_p = (torch.cat([pen.column(which) for pen in pens]).numpy() for which in (0, 1))
-    return OwnTexts(tokens.numpy().astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
+    seeds = np.random.SeedSequence(seed).generate_state(len(counts)).tolist()
+    pens = [Pen(count, length, seed, tally) for count, seed in zip(counts, seeds, strict=True)]
+
+    def write(pen: Pen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad(), computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
+            tokens = _written(causal_lm, start, pen)
+            parts = []
+            for part in torch.split(tokens, TEXTS_AT_ONCE):
+                tally.add(part.numel())
+                parts.append(_distributions(causal_lm, part, num_likely))
+        return tokens.cpu(), *map(torch.cat, zip(*parts, strict=True))
+
+    with (
+        explained_memory(REMEDY),
+        _reading(causal_lm, length) as at_once,
+        closing(side_by_side(write, pens, at_once=at_once, stop=tally.stop)) as written,
+    ):
+        tokens, likely, log_p = (torch.cat(column).numpy() for column in zip(*written, strict=True))
+    return OwnTexts(tokens.astype(np.int32), likely.astype(np.int32), log_p.astype(np.float16))
 
 
 @contextmanager
-def _reading(causal_lm: Any) -> Iterator[int]:
-    """Let a model read as it is, in eval mode and by no settings of its maker's; yields how many threads may do so at once."""
+def _reading(causal_lm: Any, length: int) -> Iterator[int]:
+    """Let a model write as it is, in eval mode and by no settings of its maker's; yields how many threads may do so at once."""
     was_training, makers = causal_lm.training, causal_lm.generation_config
     causal_lm.eval()
     causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+
+    def write_two() -> None:
+        with computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
+            _written(causal_lm, 0, Pen(1, 2, 0, Tally(2, None)))
+
     try:
-        if causal_lm.device.type != "cpu" or moves_what_is_shared(causal_lm):
-            yield 1
-        else:
-            yield torch.get_num_threads()
+        alone = causal_lm.device.type != "cpu" or length < 2 or moves_what_is_shared(causal_lm, write_two)
+        yield 1 if alone else torch.get_num_threads()
     finally:
         causal_lm.generation_config = makers
         causal_lm.train(was_training)
 
 
+class Stopped(Exception):
+    """Says that a text need not be written to its end."""
+
+
 class Tally:
-    """Count tokens that several threads write, of so many in all, and tell of them."""
+    """Count what several threads do, of so many tokens in all, tell of it, and let all stop together."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.progress = total, progress
-        self.done, self.lock = 0, Lock()
+        self.done, self.lock, self.is_stopped = 0, Lock(), False
 
     def add(self, tokens: int) -> None:
-        """Count tokens more."""
+        """Count tokens more; raises Stopped once that is asked for."""
+        if self.is_stopped:
+            raise Stopped
         with self.lock:
-            self.done += tokens
+            self.done = min(self.total, self.done + tokens)  # on a GPU `generate` may draw once more than it needs
             if self.progress is not None:
                 self.progress(self.done, self.total)
 
+    def stop(self) -> None:
+        """Let no thread go on."""
+        self.is_stopped = True
+
 
 class Pen(LogitsProcessor):
-    """Draw every next token of N texts from the model's distribution as it is, and keep that distribution.
+    """Draw every next token of N texts from the model's distribution as it is.
 
-    As `generate` draws, but by one random number a text instead of one a word, which are most of the work on a CPU.
+    As `generate` draws, but by one random number a text instead of one a word, which are a third of the work on a CPU.
     """
 
-    def __init__(self, count: int, length: int, num_likely: int, generator: torch.Generator, tally: Tally) -> None:
-        self.count, self.length, self.num_likely, self.generator, self.tally = (
-            count,
-            length,
-            num_likely,
-            generator,
-            tally,
-        )
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, count: int, length: int, seed: int, tally: Tally) -> None:
+        self.count, self.length, self.tally = count, length, tally
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return scores (N, V) that leave one token, drawn from those given; input_ids (N, tokens so far)."""
-        if len(self.kept) < self.length:  # on a GPU `generate` may ask once more before it sees that it is done
-            self.kept.append(_distribution(scores, self.num_likely))
-            self.tally.add(self.count)
-        taken = torch.full_like(scores, -torch.inf).scatter_(-1, drawn(scores, self.generator), 0.0)
-        return cast(torch.FloatTensor, taken)
-
-    def column(self, which: int) -> torch.Tensor:
-        """Return of every token the likeliest next ones (N, L, K), or their log-probabilities (N, L, K + 1), as in OwnTexts."""
-        return torch.stack([token[which] for token in self.kept], dim=1)
+        self.tally.add(self.count)
+        taken = drawn(scores.cpu(), self.generator).to(scores.device)
+        return cast(torch.FloatTensor, torch.full_like(scores, -torch.inf).scatter_(-1, taken, 0.0))
 
 
 def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a token (N, 1) drawn from each distribution (N, V). Raises ModelError where one is of no numbers."""
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # of which MPS has none
-    below = logits.softmax(-1).cumsum(-1, dtype=exact)
+    """Return a token (N, 1) drawn from each distribution (N, V), on a CPU. Raises ModelError where one is of no numbers."""
+    below = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = below[:, -1:]
     if not total.isfinite().all():
         raise ModelError(
             "wanted probabilities of next tokens, found some that are no numbers. The weights are damaged, or too large for "
             "bfloat16: try training.precision=fp32."
         )
-    number = torch.rand(total.shape, generator=generator, dtype=exact, device=logits.device) * total
-    # The first token whose sum is above the number: never one of probability 0.
+    number = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
+    # The first token whose sum is above the number, so never one of probability 0.
     return torch.searchsorted(below, number, right=True).clamp_max(logits.shape[-1] - 1)
 
 
-@torch.no_grad()
 def _written(causal_lm: Any, start: int, pen: Pen) -> torch.Tensor:
     """Return tokens (N, L), every one after the first drawn by the pen."""
     first = torch.full((pen.count, 1), start, dtype=torch.long, device=causal_lm.device)
-    # No token ends a text: what follows an end is the model's own distribution too. One more token than asked for is drawn,
-    # since the last one's distribution is wanted too.
-    config = GenerationConfig(max_new_tokens=pen.length, do_sample=False, pad_token_id=start)  # type: ignore[no-untyped-call]
-    with computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
-        tokens: torch.Tensor = causal_lm.generate(
-            input_ids=first,
-            attention_mask=torch.ones_like(first),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([pen]),
-        )
-    return tokens[:, : pen.length].cpu()
+    pen.tally.add(pen.count)
+    if pen.length == 1:
+        return first
+    # No token ends a text: what follows an end is the model's own distribution too.
+    config = GenerationConfig(max_new_tokens=pen.length - 1, do_sample=False, pad_token_id=start)  # type: ignore[no-untyped-call]
+    tokens: torch.Tensor = causal_lm.generate(
+        input_ids=first,
+        attention_mask=torch.ones_like(first),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([pen]),
+    )
+    return tokens
 
 
-def _distribution(logits: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the likeliest next tokens (N, K) by logits (N, V), and log-probabilities (N, K + 1)."""
+def _distributions(causal_lm: Any, tokens: torch.Tensor, num_likely: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the likeliest next tokens (n, L, K) at every token, and log-probabilities (n, L, K + 1).
+
+    Read anew, as training reads them: what a model says while it writes, from a cache, is something else in some families.
+    """
+    logits = causal_lm(input_ids=tokens, use_cache=False).logits.float()
     likely = logits.topk(num_likely, dim=-1).indices
     return likely.cpu(), lumped_log_p(logits, likely).cpu()
 

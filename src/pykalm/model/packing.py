@@ -108,7 +108,8 @@ class Allowance:
 
     def allows(self, distance: float) -> bool:
         """Return whether a distance is no more than rounding explains."""
-        if distance > self.most and math.isfinite(distance) and not self.of_one_is_known:
+        decides = distance > self.most and math.isfinite(distance) and not self.of_one_is_known
+        if any_of([decides])[0]:  # all processes read, or none
             self.of_one_is_known = True
             self.noise = max(self.noise, _noise_of_one(self.encoder, self.texts, self.alone))
         return distance <= self.most
@@ -191,12 +192,12 @@ def _reads_sparing(encoder: Encoder, texts: list[TokenIds], allowance: Allowance
     """Return whether the model reads texts so as it reads them alone; tried on short rows, many in a pass."""
     try:
         vectors = _embed_as(encoder, texts, packed=True, row_tokens=1, chunk_tokens=sum(map(len, texts)))
+        return allowance.allows(_largest_distance(vectors, allowance.alone))
     except REFUSALS[False] as error:
         if is_out_of_memory(error):
             raise
         log.info("%s cannot be read so (%s)", type(encoder.causal_lm).__name__, error)
         return False
-    return allowance.allows(_largest_distance(vectors, allowance.alone))
 
 
 def _difference_from(encoder: Encoder, texts: list[TokenIds], allowance: Allowance) -> tuple[float, bool]:

@@ -135,7 +135,7 @@ def _own_texts(config: Config, base: LanguageModel, progress: Progress | None) -
     if not config.objective.kl_weight:
         return OwnTexts.none()
     log.warning(
-        "kalm: the base model writes the texts that training is held to, which may take a minute or more on a CPU "
+        "kalm: the base model writes the texts that training is held to, which may take a minute on a CPU "
         "(objective.kl_weight=0 trains without) ..."
     )
 

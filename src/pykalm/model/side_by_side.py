@@ -19,12 +19,14 @@ AHEAD = 2
 """Results that may wait to be taken, for each of those at work: a slow piece shall not keep the others waiting."""
 
 
-def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -> Generator[R]:
+def side_by_side(
+    work: Callable[[T], R], pieces: Sequence[T], *, at_once: int, stop: Callable[[], None] = lambda: None
+) -> Generator[R]:
     """Yield work(piece) of every piece, in their order, with up to at_once of them computed at the same time.
 
     PyTorch's threads are shared out among those at work. Gradients are recorded in them where they are here; an error in
     a piece is raised here, once no other is at work. Who may not come to the end closes the generator (contextlib.closing):
-    that too returns once none is at work.
+    that too returns once none is at work. stop: is called first then, as at the end, where a piece is long.
     """
     threads = torch.get_num_threads()
     workers = num_workers(min(at_once, len(pieces)))
@@ -42,37 +44,56 @@ def side_by_side(work: Callable[[T], R], pieces: Sequence[T], *, at_once: int) -
         for piece in pieces:
             waiting.append(pool.submit(one, piece))
             if len(waiting) == AHEAD * workers:
-                yield waiting.popleft().result()
+                result = waiting[0].result()  # one that is waited for stays among those at work
+                waiting.popleft()
+                yield result
         while waiting:
-            yield waiting.popleft().result()
+            result = waiting[0].result()
+            waiting.popleft()
+            yield result
     finally:
+        stop()
         for future in waiting:
             future.cancel()
         wait(waiting)
 
 
 @torch.no_grad()
-def moves_what_is_shared(causal_lm: Any) -> bool:
-    """Return whether passes of a model in its present mode move PyTorch's generator, a weight or a buffer; tried on two tokens.
+def moves_what_is_shared(model: nn.Module, read: Callable[[], object]) -> bool:
+    """Return whether `read`, a short pass of a model in its present mode, moves PyTorch's generator or what modules hold.
 
-    So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training, and
-    longrope, which sets its frequencies by the length of each text. Such passes may not stand side by side.
+    So does a dropout of the model's own in training, RWKV, which scales its weights as it is first read after training,
+    longrope, which sets its frequencies by the length of each text, and RecurrentGemma, whose modules hold the cache. Such
+    passes may not stand side by side.
     """
-    before = _shared_state(causal_lm)
+    before = _held(model)
     with (
         torch.random.fork_rng(devices=[]),
         torch.compiler.set_stance("force_eager"),
-    ):  # nothing is compiled for two tokens
+    ):  # nothing is compiled for so little
         generator = torch.get_rng_state()
-        causal_lm.base_model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
+        read()
         draws = not torch.equal(torch.get_rng_state(), generator)
-    return draws or before != _shared_state(causal_lm)
+    after = _held(model)
+    return (
+        draws
+        or len(before) != len(after)
+        or any(
+            one is not other or version != later for (one, version), (other, later) in zip(before, after, strict=True)
+        )
+    )
 
 
-def _shared_state(model: nn.Module) -> list[tuple[int, int]]:
-    """Return where all weights and buffers are, and how often each was written to."""
-    held = chain(model.parameters(), model.buffers())
-    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
+def _held(model: nn.Module) -> list[tuple[Any, int]]:
+    """Return all weights, buffers and other tensors that a model's modules hold, with how often each was written to."""
+    attributes = (value for module in model.modules() for _, value in sorted(vars(module).items()))
+    plain = (value for value in attributes if value is None or isinstance(value, torch.Tensor))
+    return [(value, _writes(value)) for value in chain(model.parameters(), model.buffers(), plain)]
+
+
+def _writes(value: torch.Tensor | None) -> int:
+    """Return how often a tensor was written to, as far as that is counted."""
+    return 0 if value is None or value.is_inference() else value._version
 
 
 def num_workers(wanted: int) -> int:
