@@ -149,7 +149,8 @@ def write_own_texts(
             for part in torch.split(tokens, TEXTS_AT_ONCE):
                 tally.add(part.numel())
                 parts.append(_distributions(causal_lm, part, num_likely))
-        return tokens.cpu(), *map(torch.cat, zip(*parts, strict=True))
+        likely, log_p = map(torch.cat, zip(*parts, strict=True))
+        return tokens.cpu(), likely, log_p
 
     with (
         explained_memory(REMEDY),
