@@ -338,3 +338,41 @@ def mean_query(verbalizer: Verbalizer) -> float:
     heads, relations, _ = verbalizer.graph.triples("train").T
     both = [*verbalizer.queries(heads, relations).lengths, *verbalizer.queries(heads, 1 - relations).lengths]
     return float(np.mean(both))
+
+
+def test_the_noise_of_one_text_is_measured_only_where_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass for every text, which most starts need not wait for: tries of many texts are allowed without."""
+    measured: list[int] = []
+
+    def noise_of_one(*_: Any) -> float:
+        measured.append(1)
+        return 0.01
+
+    monkeypatch.setattr(packing, "_noise_of_one", noise_of_one)
+    encoder = tiny_encoder(precision="bf16")
+    packing.choose_passes(encoder, tiny_verbalizer(tiny_graph()))
+    assert encoder.packed
+    assert not measured
+    allowance = packing.Allowance(encoder, [], torch.zeros(0), noise=0.0)
+    floor = packing.FLOOR[torch.bfloat16]
+    assert [allowance.allows(distance) for distance in (floor, np.inf, np.nan)] == [True, False, False]
+    assert not measured
+    by_noise = floor + packing.NOISE_FACTOR * 0.01
+    assert [allowance.allows(distance) for distance in (by_noise, 1.01 * by_noise)] == [True, False]
+    assert len(measured) == 1
+
+
+def test_the_noise_of_one_text_is_that_of_a_trie_with_nothing_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    encoder = tiny_encoder(precision="bf16")
+    encoder.reads_unpadded, encoder.narrows = True, False
+
+    def embed_as(encoder: Encoder, texts: list[Any], **_: Any) -> torch.Tensor:
+        seen.append((encoder.reads_unpadded, encoder.narrows))
+        return torch.full((len(texts), 1), 0.5)
+
+    monkeypatch.setattr(packing, "_embed_as", embed_as)
+    noise = packing._noise_of_one(encoder, [np.arange(3), np.arange(4)], torch.full((2, 1), 0.49))
+    assert noise == pytest.approx(0.01)
+    assert seen == [(False, False)] * 2
+    assert (encoder.reads_unpadded, encoder.narrows) == (True, False)
