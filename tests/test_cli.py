@@ -174,6 +174,23 @@ def test_ctrl_c_in_training_says_how_to_go_on(
     assert f"{words} with: kalm train --out {tmp_path} --resume" in capsys.readouterr().err
 
 
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(monkeypatch, train=raising(KeyboardInterrupt()))
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--graph", "world"]) == 130
+    assert "Nothing is saved yet: begin again with the same command." in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_a_graph_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.tsv").write_text("a\tr\tb\n", encoding="utf-8")
+    assert cli.main(["data", "check", "train.tsv"]) == 1
+    assert "train.tsv: this is a file. Give a folder" in capsys.readouterr().err
+
+
 def test_checking_a_graph_with_problems_ends_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.tsv").write_text("a\tr\tb\nb\tr\tc\na\tr\tb\n", encoding="utf-8")
     assert cli.main(["data", "check", str(tmp_path), "--json"]) == 1

@@ -45,7 +45,7 @@ def test_a_finished_run_resumes_to_itself(run: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["train", "--out", str(run), "--resume", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"run": str(run)}
-    assert "No step was left" in printed.err
+    assert "No step is left" in printed.err
 
 
 def test_resume_with_other_settings_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
-from pykalm.learn.state import STATE_FILE
+from pykalm.learn.state import STATE_FILE, has_finished
 from pykalm.learn.tracking import require_trackers
 from pykalm.learn.train import StepReport, Trainer
 from pykalm.memory import explained_memory, format_size
@@ -87,6 +87,15 @@ def train(
             run = _with_passes_for(config.training.memory, run)
         _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
+
+
+def has_ended(out: str | Path, *, config: Config | None = None) -> bool:
+    """Return whether the training of a run came to its end, without reading its model.
+
+    Raises RunError where there is no run, ConfigError for a config that it did not begin with.
+    """
+    resolve_settings(config, {}, Path(out), is_loaded=False)
+    return has_finished(Path(out))
 
 
 class UnsavedReport(RunError):
@@ -152,10 +161,14 @@ def predict(
     free_text: bool = False,
     description: str | None = None,
     hide_known: bool = False,
+    progress: Progress | None = None,
 ) -> Prediction:
-    """Answer (head, relation, ?) or (?, relation, tail) with the k best entities of the run's graph."""
+    """Answer (head, relation, ?) or (?, relation, tail) with the k best entities of the run's graph.
+
+    progress: is told how far the vectors of its entities are, which the first question computes.
+    """
     hidden = list(run.graph.splits) if hide_known else []
-    return Predictor(run.graph, run.encoder, run.verbalizer, open_index(run)).predict(
+    return Predictor(run.graph, run.encoder, run.verbalizer, open_index(run, progress=progress)).predict(
         relation=relation, head=head, tail=tail, k=k, free_text=free_text, description=description, hide_known=hidden
     )
 

@@ -170,27 +170,26 @@ def train(
     named = [f"{key}={json.dumps(value)}" for key, value in given if value]
     overrides = [*(overrides or []), *named]
     settings = load_kept_config(kept, overrides) if resume and config is None else load_config(config, overrides)
-    say(f"Reading {settings.graph} and {settings.model}, and trying how the model reads its texts ...")
-    steps: list[int] = []
+    if resume and pykalm.has_ended(out, config=settings):
+        say(
+            "No step is left: this training has ended (a longer one is a new run, with another --out). What it left is checked."
+        )
+    say(f"Reading {settings.graph} and {settings.model} ...")
     try:
         with show_progress("training") as watch:
-            tell = watch_training(watch)
-
-            def told(report: "StepReport") -> None:
-                steps.append(report.step)
-                tell(report)
-
-            run = pykalm.train(out=out, config=settings, resume=resume, watch=told, progress=watch_texts(watch))
+            run = pykalm.train(
+                out=out, config=settings, resume=resume, watch=watch_training(watch), progress=watch_texts(watch)
+            )
     except KeyboardInterrupt:
-        if kept.is_file():
+        if not kept.is_file():
+            say("Nothing is saved yet: begin again with the same command.")
+        else:
             saved = (out / "state").is_dir()  # a second Ctrl-C does not wait for a save
             say(
                 f"{'What was learned is saved. Go on' if saved else 'Nothing is saved yet. Begin again'} with: kalm train "
                 f"--out {out} --resume"
             )
         raise
-    if not steps:
-        say("No step was left: this training had ended before. A longer one is a new run, with another --out.")
     say(f"The run is in {run.path}. Next: kalm evaluate links {run.path}")
     print_json({"run": str(run.path)}) if as_json else None
 
@@ -245,9 +244,17 @@ def predict(
         raise UsageError(f"wanted one of --head and --tail, found {found}. The other one is what is asked.")
     entity = None if free_text else head or tail
     run = opened(folder, device, lambda _, graph: pykalm.require_names(graph, relation=relation, entity=entity))
-    prediction = pykalm.predict(
-        run, head=head, tail=tail, relation=relation, k=k, free_text=free_text, hide_known=hide_known
-    )
+    with show_progress("embedding") as watch:
+        prediction = pykalm.predict(
+            run,
+            head=head,
+            tail=tail,
+            relation=relation,
+            k=k,
+            free_text=free_text,
+            hide_known=hide_known,
+            progress=watch,
+        )
     print_json(prediction.to_dict()) if as_json else print_table(pykalm.prediction_table(prediction))
 
 

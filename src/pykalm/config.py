@@ -126,7 +126,9 @@ def read_settings(file: Path, problems: list[str]) -> list[Setting]:
             f"{file}: wanted a YAML file with settings, found none there. See docs/configuration.md."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: wanted a YAML file in UTF-8, found: {error}.") from error
+        raise ConfigError(
+            f"{file}: wanted a YAML file in UTF-8, found: {getattr(error, 'strerror', None) or error}."
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{file}{line}: wanted YAML, found: {error.problem}. Mend the line.") from error
@@ -197,6 +199,7 @@ def as_written(value: Any) -> str:
 
 OTHER_NAMES = {
     "lr": "training.learning_rate",
+    "gradient_accumulation_steps": "training.memory_tokens",
     "steps": "training.max_steps",
     "r": "adapter.rank",
     "beta": "objective.kl_weight",

@@ -70,7 +70,7 @@ def require_one_message(arguments: list[str], words: str, capsys: pytest.Capture
     assert cli.main(arguments) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    begun = re.match(r"(Aligning|Reading) .* \.\.\.\n", printed.err)
+    begun = re.match(r"(No step is left.*\n)?(Reading .* \.\.\.\n)?", printed.err)
     assert printed.err[begun.end() if begun else 0 :].startswith("kalm: ")
     assert words in printed.err
     assert "An error of kalm" not in printed.err, printed.err

@@ -86,12 +86,14 @@ def test_a_second_interrupt_stops_at_once(train: Train, tmp_path: Path) -> None:
 def test_an_interrupt_before_anything_is_saved_promises_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, graph_folder: Path, tmp_path: Path
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt  # not a signal: a shell's background jobs ignore that one
 
     monkeypatch.setattr(api, "new_run", interrupted)
     assert cli.main(["train", "--out", str(tmp_path / "run"), "--model", model, "--graph", str(graph_folder)]) == 130
-    assert "saved" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Nothing is saved yet" in printed
+    assert "--resume" not in printed
     assert not (tmp_path / "run").exists()
 
 

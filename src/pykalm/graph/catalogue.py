@@ -60,8 +60,8 @@ def load_graph(source: str | Path) -> KnowledgeGraph:
     here = _folders()
     if key in here:
         return read_graph(here[key], key)
-    if Path(source).is_dir():
-        return read_graph(Path(source))
+    if Path(source).exists():
+        return read_graph(Path(source))  # which says what is wrong with a file
     raise GraphError(_not_found(source, here))
 
 

@@ -68,6 +68,15 @@ def _write(state: dict[str, Any], file: Path) -> None:
         torch.save(state, handle)
 
 
+def has_finished(run_folder: Path) -> bool:
+    """Return whether the last save of a run says that no step is left; False where that cannot be read."""
+    try:
+        state = torch.load(run_folder / STATE_FILE, map_location="cpu", mmap=True, weights_only=True)
+        return bool(state["progress"]["finished"])
+    except DAMAGE:  # load_state says what is wrong
+        return False
+
+
 def load_state(
     run_folder: Path,
     parameters: dict[str, nn.Parameter],

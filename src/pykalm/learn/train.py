@@ -1,6 +1,7 @@
 """The training loop: batches in, gradients of both objectives, steps, evaluations, saves. One page."""
 
 import contextlib
+import logging
 import math
 import signal
 import statistics
@@ -27,6 +28,8 @@ from pykalm.learn.tracking import tracking
 from pykalm.memory import explained_memory
 from pykalm.model.encoder import Encoder
 from pykalm.processes import any_of, gather, is_main, on_main, rank
+
+log = logging.getLogger(__name__)
 
 MEMORY_REMEDY = (
     "Lower training.memory_tokens (gradient caching sets in, same result), then training.chunk_tokens, or give --memory, "
@@ -107,6 +110,8 @@ class Trainer:
         ):
             optimizer = _optimizer(parameters, self.config)
             progress = load_state(self.folder, parameters, optimizer, self.fingerprints)
+            if progress.step:
+                log.warning("kalm: goes on after step %d of %d.", progress.step, self.num_steps)
             self._require_the_same_everywhere(progress)
             if progress.step < self.num_steps and not progress.finished:
                 self.before_steps(self)
@@ -125,6 +130,7 @@ class Trainer:
                     if is_main():
                         metrics.write(**vars(report))
                         track(vars(report))
+                    progress.finished = progress.finished or progress.step == self.num_steps
                     # Asked once, in all processes: an interrupt after the save is for the next step.
                     (stopped,) = any_of([interrupted.is_set()])
                     if due or (training.save_every and progress.step % training.save_every == 0) or stopped:
@@ -289,6 +295,7 @@ def _one_interrupt() -> Iterator[threading.Event]:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
+        log.warning("kalm: stops once this step is done and saved; a second time stops at once.")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -129,13 +129,13 @@ def write_own_texts(
 ) -> OwnTexts:
     """Let a causal LM write texts at its own temperature from the token `start`, drawn by seed; no adapter may be on it.
 
-    progress: is called with (tokens done, tokens in all), each written and read once, by any thread, one at a time. Raises
+    progress: is called with (tokens done, tokens in all), all drawn and then read, by any thread, one at a time. Raises
     ModelError where its probabilities are no numbers, OutOfMemoryError.
     """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
     num_likely = min(num_likely, causal_lm.get_output_embeddings().weight.shape[0] - 1)
-    tally = Tally(2 * num_texts * length, progress)
+    tally = Tally(num_texts * (2 * length - 1), progress)
     counts = [
         len(part) for part in np.array_split(np.arange(num_texts), PARTS.get(causal_lm.device.type, 1)) if len(part)
     ]
@@ -239,7 +239,6 @@ def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _written(causal_lm: Any, start: int, pen: Pen) -> torch.Tensor:
     """Return tokens (N, L), every one after the first drawn by the pen."""
     first = torch.full((pen.count, 1), start, dtype=torch.long, device=causal_lm.device)
-    pen.tally.add(pen.count)
     if pen.length == 1:
         return first
     # No token ends a text: what follows an end is the model's own distribution too.
