@@ -66,6 +66,17 @@ def tiny_encoder(family: str = "llama", *, dropout: float = 0.0, **settings: Any
     return Encoder(model, source_fingerprint=family, packed=family != "mamba", **settings)
 
 
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def sparing(encoder: Encoder) -> Encoder:
     """Let an encoder of a family that can leave out all that the start check lets it leave out."""
     encoder.use_attention(MATMUL_ATTENTION)

@@ -1,8 +1,7 @@
 """Law 2: cached (chunked) gradients are the one-shot gradients, with dropout, temperature included."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from tests.laws.common import (
     tiny_encoder,
     tiny_graph,
     tiny_verbalizer,
+    torch_threads,
 )
 
 
@@ -234,16 +234,6 @@ def gradients_on(
     with torch_threads(threads):
         assert step.chunks_that_fit(encoder) == threads
         return gradients(encoder, batch, **settings)
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def second_pass_draws_other_dropout() -> AbstractContextManager[None]:

@@ -1,7 +1,5 @@
 """The base model's own texts: drawn from it as it is, by seed, before there is an adapter; kept whole or refused."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,7 @@ from pykalm.learn.losses import kl_sum
 from pykalm.model import own_texts
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.side_by_side import side_by_side
-from tests.laws.common import tiny_graph
+from tests.laws.common import tiny_graph, torch_threads
 from tests.laws.test_law_08_save_and_resume import SETTINGS
 from tests.tiny_models import TOKENIZER_SIZE, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -67,18 +65,8 @@ def test_what_is_kept_of_a_token_is_what_the_model_says_of_the_text_up_to_it(fam
     known = family in ("llama", "gpt2")
     model = tiny_model(family, vocab_size=TOKENIZER_SIZE).eval() if known else recurrent_model(family)
     for threads in (1, 4):
-        with threads_of(threads):
+        with torch_threads(threads):
             check_that_the_model_says_so(model)
-
-
-@contextmanager
-def threads_of(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_that_the_model_says_so(model: Any) -> None:
@@ -116,7 +104,7 @@ def test_texts_are_the_same_however_many_threads_write(moves: bool, monkeypatch:
     monkeypatch.setattr(own_texts, "side_by_side", counted)
     written = []
     for number in (1, 2, 4):
-        with threads_of(number):
+        with torch_threads(number):
             written.append(write_own_texts(model, 1, seed=0, num_texts=6, length=5))
     assert at_once == ([1, 1, 1] if moves else [1, 2, 4])
     assert all(same(texts, written[0]) for texts in written)
@@ -126,9 +114,9 @@ def test_texts_are_the_same_however_many_threads_write(moves: bool, monkeypatch:
 def test_a_cache_that_the_modules_hold_is_written_from_by_one_thread() -> None:
     """Threads would write into each other's, by no error that one sees."""
     model = recurrent_model("recurrent_gemma")
-    with threads_of(4), own_texts._reading(model, 5) as at_once:
+    with torch_threads(4), own_texts._reading(model, 5) as at_once:
         assert at_once == 1
-    with threads_of(4), own_texts._reading(tiny_model("llama"), 5) as at_once:
+    with torch_threads(4), own_texts._reading(tiny_model("llama"), 5) as at_once:
         assert at_once == 4
 
 
@@ -142,7 +130,7 @@ def test_an_interrupt_ends_all_threads_at_their_next_token() -> None:
 
     model = tiny_model("llama", vocab_size=TOKENIZER_SIZE)
     makers = model.generation_config
-    with threads_of(4), pytest.raises(KeyboardInterrupt):
+    with torch_threads(4), pytest.raises(KeyboardInterrupt):
         write_own_texts(model, 1, seed=0, num_texts=8, length=60, progress=interrupt)
     assert max(told) < 120, "of 952"
     assert model.generation_config is makers
