@@ -26,6 +26,7 @@ LAYERS = [
     "use",
     "resolve",
     "api",
+    "api_checks",
     "api_compare",
     "api_geometry",
     "api_language",

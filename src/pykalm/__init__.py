@@ -14,15 +14,13 @@ if TYPE_CHECKING:
         check_data,
         evaluate_links,
         fetch_data,
-        has_ended,
         list_data,
         load_graph,
         load_run,
         predict,
-        require_names,
-        require_split,
         train,
     )
+    from pykalm.api_checks import has_ended, require_names, require_split
     from pykalm.api_compare import compare_runs, evaluate_rerank
     from pykalm.api_geometry import evaluate_geometry
     from pykalm.api_language import evaluate_language
@@ -104,6 +102,7 @@ HOMES = {
     "evaluate_language": "pykalm.api_language",
     "geometry_table": "pykalm.report.measure_tables",
     "graph_check_table": "pykalm.report.tables",
+    "has_ended": "pykalm.api_checks",
     "language_table": "pykalm.report.measure_tables",
     "link_prediction_table": "pykalm.report.tables",
     "load_config": "pykalm.config",
@@ -112,6 +111,8 @@ HOMES = {
     "qa_table": "pykalm.report.qa_table",
     "rank_answers": "pykalm.api_qa",
     "relation_table": "pykalm.report.tables",
+    "require_names": "pykalm.api_checks",
+    "require_split": "pykalm.api_checks",
     "rerank_table": "pykalm.report.compare_tables",
     "run_ablation": "pykalm.ablate",
     "run_bench": "pykalm.bench.bench",

@@ -14,7 +14,7 @@ import torch
 
 from pykalm.config import Config, TextSettings
 from pykalm.errors import KalmError, ModelError, RunError, TrainingError
-from pykalm.evaluate.links import LinkPredictionReport, choose_triples, validation_mrr
+from pykalm.evaluate.links import LinkPredictionReport, validation_mrr
 from pykalm.evaluate.links import evaluate_links as measure_links
 from pykalm.files import only_writer, recover_folder, replace_file
 from pykalm.graph.catalogue import GraphEntry, fetch_graph, list_graphs, load_graph
@@ -24,7 +24,7 @@ from pykalm.graph.known import known_answers
 from pykalm.graph.subgraph import sample_for_validation
 from pykalm.learn.batches import BatchBuilder, TripleOrder
 from pykalm.learn.footprint import Fit, fit_budget, measure_footprint
-from pykalm.learn.state import STATE_FILE, has_finished
+from pykalm.learn.state import STATE_FILE
 from pykalm.learn.tracking import require_trackers
 from pykalm.learn.train import StepReport, Trainer
 from pykalm.memory import explained_memory, format_size
@@ -37,7 +37,7 @@ from pykalm.model.sharding import is_sharded
 from pykalm.processes import any_of, count, failing_together, gather, holding, join, on_main
 from pykalm.resolve import resolve_settings
 from pykalm.text.verbalize import Verbalizer
-from pykalm.use.predict import Prediction, Predictor, find_entity
+from pykalm.use.predict import Prediction, Predictor
 
 __all__ = [
     "GraphCheck", "GraphEntry", "KnowledgeGraph", "LinkPredictionReport", "Prediction", "Run", "StepReport", "UnsavedReport",
@@ -87,15 +87,6 @@ def train(
             run = _with_passes_for(config.training.memory, run)
         _trainer(run, watch).run()
     return load_run(out, device=config.training.device, graph=loaded)
-
-
-def has_ended(out: str | Path, *, config: Config | None = None) -> bool:
-    """Return whether the training of a run came to its end, without reading its model.
-
-    Raises RunError where there is no run, ConfigError for a config that it did not begin with.
-    """
-    resolve_settings(config, {}, Path(out), is_loaded=False)
-    return has_finished(Path(out))
 
 
 class UnsavedReport(RunError):
@@ -171,18 +162,6 @@ def predict(
     return Predictor(run.graph, run.encoder, run.verbalizer, open_index(run, progress=progress)).predict(
         relation=relation, head=head, tail=tail, k=k, free_text=free_text, description=description, hide_known=hidden
     )
-
-
-def require_names(graph: KnowledgeGraph, *, relation: str, entity: str | None = None) -> None:
-    """Raise GraphError, with the nearest names, where a graph lacks what `predict` would be asked about."""
-    graph.find_relation(relation)
-    if entity is not None:
-        find_entity(graph, entity)
-
-
-def require_split(graph: KnowledgeGraph, config: Config, split: str | None) -> None:
-    """Raise GraphError where a graph has no triples in a split, evaluation.split of the settings by default."""
-    choose_triples(graph, config.evaluation.split if split is None else split, None, 0)
 
 
 def open_index(run: Run, *, progress: Progress | None = None) -> EntityIndex:

@@ -143,7 +143,7 @@ def write_own_texts(
     pens = [Pen(count, length, seed, tally) for count, seed in zip(counts, seeds, strict=True)]
 
     def write(pen: Pen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with torch.no_grad(), computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
+        with torch.no_grad(), _precision(causal_lm):
             tokens = _written(causal_lm, start, pen)
             parts = []
             for part in torch.split(tokens, TEXTS_AT_ONCE):
@@ -169,7 +169,7 @@ def _reading(causal_lm: Any, length: int) -> Iterator[int]:
     causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
 
     def write_two() -> None:
-        with computing_in(next(causal_lm.parameters()).dtype, causal_lm.device):
+        with _precision(causal_lm):
             _written(causal_lm, 0, Pen(1, 2, 0, Tally(2, None)))
 
     try:
@@ -178,6 +178,11 @@ def _reading(causal_lm: Any, length: int) -> Iterator[int]:
     finally:
         causal_lm.generation_config = makers
         causal_lm.train(was_training)
+
+
+def _precision(causal_lm: Any) -> torch.autocast:
+    """Return the context in which a model computes as its weights are."""
+    return computing_in(next(causal_lm.parameters()).dtype, causal_lm.device)
 
 
 class Stopped(Exception):
