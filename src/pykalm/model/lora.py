@@ -80,61 +80,69 @@ class LoraLinear(lora.Linear):
 @operation("lora_product")
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the product (..., out) in the dtype of x, in which all is computed, and what its gradient needs.
 
-    That is dropout(x) · Aᵀ without its scale (N, r), and the places that dropout, of the module of that number, drops.
+    That is dropout(x) · Aᵀ without its scale (N, r), the places that dropout, of the module of that number, drops, and what
+    it keeps (N, in). Without dropout there are no places, and x itself is what is kept; it is not returned again.
     """
     with torch.autocast("cpu", enabled=False):
         rows = _rows(x)
-        places = torch.empty(0, dtype=torch.int32) if number is None else dropped_places(p, rows.numel(), int(number))
+        nothing = rows.new_empty(0), torch.empty(0, dtype=torch.int32)
+        kept, places = nothing if number is None else _dropped(rows, p, int(number))
         narrowing, widening = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
-        result, narrow = _adapted(rows, _without(rows, places), weight, bias, narrowing, widening)
-    return result.view(*x.shape[:-1], len(weight)), narrow, places
+        result, narrow = _adapted(rows, rows if number is None else kept, weight, bias, narrowing, widening)
+    return result.view(*x.shape[:-1], len(weight)), narrow, places, kept
 
 
 @shapes_of(_product)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, number: Tensor | None, factor: float, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[-1]
     places = torch.empty(0 if number is None else torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count, a.shape[0]), places
+    kept = x.new_empty(0 if number is None else (count, x.shape[-1]))
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(count, a.shape[0]), places, kept
 
 
 @operation("lora_gradients")
 def _gradients(
-    gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
+    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
     at_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients at x (empty unless it is asked for), A and B."""
+    """Return the gradients at x (empty unless it is asked for), A and B; kept: dropout(x) without its scale."""
     with torch.autocast("cpu", enabled=False):
         above = _rows(gradient)
         scaled = _scaled(b, factor, above.dtype)
-        at_narrow, at_a, at_b = _at_adapter(above, _without(_rows(x), places), narrow, scaled)
+        at_narrow, at_a, at_b = _at_adapter(above, _rows(kept), narrow, scaled)
         at_a, at_b = at_a.to(a.dtype), (at_b.T.to(b.dtype) * factor).contiguous()
         if not at_input:
-            return x.new_empty(0), at_a, at_b
+            return kept.new_empty(0), at_a, at_b
         at_x = gradient_at_rows(above, weight)
-        at_x += _without(at_narrow.T @ a.to(above.dtype), places, in_place=True)
-    return at_x.view(x.shape), at_a, at_b
+        at_x += _without(at_narrow.T @ a.to(above.dtype), places)
+    return at_x.view(*gradient.shape[:-1], kept.shape[-1]), at_a, at_b
 
 
 @shapes_of(_gradients)
 def _(
-    gradient: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
+    gradient: Tensor, kept: Tensor, weight: Tensor, a: Tensor, b: Tensor, narrow: Tensor, places: Tensor, factor: float,
     at_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape if at_input else 0), torch.empty_like(a), torch.empty_like(b)
+    shape = (*gradient.shape[:-1], kept.shape[-1]) if at_input else (0,)
+    return kept.new_empty(shape), torch.empty_like(a), torch.empty_like(b)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, a, b, _, ctx.factor, _ = inputs
-    ctx.save_for_backward(x, weight, a, b, *output[1:])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, a, b, number, ctx.factor, _ = inputs
+    _, narrow, places, kept = output
+    ctx.save_for_backward(x if number is None else kept, weight, a, b, narrow, places)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients at x, A and B, where they are asked for."""
+    if gradient is None:  # nothing depends on the product
+        return (None,) * 8
     at_input = bool(ctx.needs_input_grad[0])
     at_x, at_a, at_b = _gradients(gradient, *ctx.saved_tensors, ctx.factor, at_input)
     return at_x if at_input else None, None, None, at_a, at_b, None, None, None
@@ -185,10 +193,13 @@ def _(
 def _keep_beside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, kept, weight, _, a, b = inputs
     ctx.save_for_backward(kept, weight, a, b, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward_beside(ctx: Any, gradient: Tensor, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_beside(ctx: Any, gradient: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients at x, kept, a and b, where they are asked for."""
+    if gradient is None:
+        return (None,) * 6
     at_input = bool(ctx.needs_input_grad[0])
     at_x, at_kept, at_a, at_b = _gradients_beside(gradient, *ctx.saved_tensors, at_input)
     return (at_x, at_kept, None, None, at_a, at_b) if at_input else (None, None, None, None, at_a, at_b)
@@ -225,10 +236,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _without(values: Tensor, places: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return the numbers with 0 at the places that are dropped."""
-    if not len(places):
-        return values
-    kept = values if in_place else values.clone(memory_format=torch.contiguous_format)
-    kept.view(-1).index_fill_(0, places.long(), 0)
-    return kept
+def _dropped(rows: Tensor, p: float, number: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers (N, width) that dropout keeps, 0 where it drops, and the places that it drops."""
+    places = dropped_places(p, rows.numel(), number)
+    return _without(rows.clone(memory_format=torch.contiguous_format), places), places
+
+
+def _without(values: Tensor, places: Tensor) -> Tensor:
+    """Return the numbers (N, width), which lie side by side, after those at the places were set to 0."""
+    if len(places):
+        values.view(-1).index_fill_(0, places.long(), 0)
+    return values
