@@ -15,7 +15,7 @@ from pykalm.graph.graph import IntArray
 from pykalm.learn import batches
 from pykalm.learn.batches import TripleOrder
 from pykalm.learn.step import StepLoss
-from pykalm.model import attention, matmul_attention, packing, unpadded
+from pykalm.model import attention, matmul_attention, norms, packing, unpadded
 from pykalm.model import encoder as encoder_module
 from pykalm.model.encoder import Encoder
 from pykalm.model.last_layer import can_be_narrowed, feed_forward
@@ -206,6 +206,22 @@ def test_a_last_layer_computed_where_it_is_read_gives_what_separate_passes_give(
             encoder.narrows = False
             encoder.use_attention(own)
             require_loops(encoder, verbalizer, loss, packed, what=(family, str(end_to_end)))
+
+
+def test_norms_in_one_step_give_what_separate_passes_give() -> None:
+    """The trie read with them, the loops with the family's own, whose weights are not all 1 here."""
+    for family in ("llama", "qwen3", "mamba"):
+        encoder, verbalizer = tiny_encoder(family), tiny_verbalizer(tiny_graph())
+        named = [module for module in encoder.modules() if type(module).__name__.endswith("RMSNorm")]
+        for module in named:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(4))  # type: ignore[arg-type]
+        norms.norms_in_one_step(encoder.causal_lm)
+        taken = [module for module in encoder.modules() if isinstance(module, norms.OneStep)]
+        assert len(taken) == len(named) > 2
+        loss, packed = gradients(encoder, build_batch(encoder, verbalizer))
+        for module in taken:
+            module.give_back()
+        require_loops(encoder, verbalizer, loss, packed, what=(family,))
 
 
 @contextmanager
@@ -467,6 +483,16 @@ def attention_forgets_its_scale() -> AbstractContextManager[None]:
     return mock.patch.dict(AttentionInterface._global_mapping, {matmul_attention.NAME: wrong})
 
 
+def norms_take_the_mean_square_for_constant() -> AbstractContextManager[None]:
+    """Hand back the gradient as if an input did not move the mean square that it is divided by."""
+
+    def wrong(ctx: Any, above: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        return (above * weight * inverse).to(x.dtype), None, None
+
+    return replaced(norms._RMSNorm, "backward", staticmethod(wrong))
+
+
 def own_heads_are_the_next_candidate() -> AbstractContextManager[None]:
     """Let a query's own head be the candidate after it."""
     right = batches._distinct_texts
@@ -515,3 +541,5 @@ for name, broken in {
 BREAKS["directed triples are learned both ways"] = directed_triples_are_learned_both_ways
 CHECKS["directed triples are learned both ways"] = "test_directed_triples_are_learned_in_their_direction_alone"
 CHECKS["attention forgets its scale"] = "test_attention_by_matrix_products_gives_what_separate_passes_give"
+BREAKS["norms take the mean square for constant"] = norms_take_the_mean_square_for_constant
+CHECKS["norms take the mean square for constant"] = "test_norms_in_one_step_give_what_separate_passes_give"

@@ -22,6 +22,7 @@ from pykalm.model.dropout import Dropout
 from pykalm.model.encoder import Encoder
 from pykalm.model.load import LanguageModel, resolve_device
 from pykalm.model.lora import LoraLinear
+from pykalm.model.norms import OneStep
 from pykalm.model.packed_weights import PackedLinear
 from pykalm.model.run import Run, build_run, load_base
 from pykalm.text.verbalize import Verbalizer
@@ -199,8 +200,8 @@ def attention(encoder: Encoder, name: str) -> Iterator[None]:
 @contextmanager
 def adapters_of_peft(encoder: Encoder) -> Iterator[None]:
     """Let layers work for a while as PyTorch and peft make them: their products and dropout, every input cast to float32."""
-    packed = [module for module in encoder.modules() if isinstance(module, PackedLinear)]
-    for module in packed:
+    faster = [module for module in encoder.modules() if isinstance(module, PackedLinear | OneStep)]
+    for module in faster:
         module.give_back()
     kept = [(layer, dict(layer.lora_dropout.items())) for layer in encoder.modules() if isinstance(layer, LoraLayer)]
     for layer, dropouts in kept:
@@ -217,8 +218,9 @@ def adapters_of_peft(encoder: Encoder) -> Iterator[None]:
             layer.cast_input_dtype_enabled = False
             layer.lora_dropout.update(dropouts)
             LoraLinear.take_over(layer)
-        for module in packed:
+        for module in faster:
             PackedLinear.take_over(module)
+            OneStep.take_over(module)
 
 
 def generator(seed: int, *numbers: int) -> np.random.Generator:

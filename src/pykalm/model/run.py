@@ -29,6 +29,7 @@ from pykalm.memory import explained_memory
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
+from pykalm.model.norms import norms_in_one_step
 from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.packed_weights import pack_frozen_weights
@@ -201,6 +202,7 @@ def build_encoder(
         encoder.share_weights_out()
     else:
         pack_frozen_weights(encoder.causal_lm)
+        norms_in_one_step(encoder.causal_lm)
     return encoder
 
 
