@@ -156,6 +156,22 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
     return max(float((first[name] - second[name]).norm() / second[name].norm().clamp_min(1e-6)) for name in first)
 
 
+def hands_nothing_on(x: Tensor) -> Tensor:
+    """Return x, of which a gradient does not come back."""
+    found: Tensor = _Nothing.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> None:
+        return None
+
+
 @contextmanager
 def replaced(place: Any, name: str, wrong: Callable[..., Any]) -> Iterator[None]:
     """Put a wrong version in place of one function; the body of every seeded break."""

@@ -19,7 +19,15 @@ from pykalm.model.dropout import Dropout
 from pykalm.model.layers import find_layers
 from pykalm.model.matmul_attention import NAME, matmul_attention
 from pykalm.text.trie import build_trie, row_group
-from tests.laws.common import build_batch, gradients, largest_difference, tiny_encoder, tiny_graph, tiny_verbalizer
+from tests.laws.common import (
+    build_batch,
+    gradients,
+    hands_nothing_on,
+    largest_difference,
+    tiny_encoder,
+    tiny_graph,
+    tiny_verbalizer,
+)
 from tests.tiny_models import FAMILIES, tiny_model
 
 
@@ -254,6 +262,16 @@ def test_keys_that_several_rows_see_learn_from_all_of_them(dtype: torch.dtype) -
     single = row_group(trie, np.array([0]))
     alone = unpadded.arguments(config, single, unpadded.layout(single), dtype)[unpadded.ARGUMENT]
     assert len(alone.repeats) == len(alone.into) == 2  # so that a row which repeats nothing is no form of its own
+
+
+def test_attention_that_nothing_depends_on_moves_nothing_and_no_zeros_are_made_for_its_weights() -> None:
+    parts = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    mixed = matmul_attention(torch.nn.Linear(1, 1), *parts, None)[0]
+    nothing = torch.autograd.grad(hands_nothing_on(mixed).sum(), parts, allow_unused=True, retain_graph=True)
+    assert nothing == (None, None, None)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(mixed, parts, torch.ones_like(mixed))
+    assert "aten::zeros" not in {event.name for event in profile.events() or []}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

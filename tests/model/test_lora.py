@@ -11,6 +11,7 @@ from pykalm.learn.footprint import peak_bytes
 from pykalm.model.adapters import add_adapter
 from pykalm.model.dropout import Dropout, drawing_from, dropped_places, without_some
 from pykalm.model.lora import LoraLinear
+from tests.laws.common import hands_nothing_on
 from tests.tiny_models import tiny_model
 
 WIDTH = 32
@@ -244,3 +245,25 @@ def test_inputs_that_lie_the_other_way_round_and_dropout_turned_off_in_training(
     assert layer(x).shape == (6, layer.out_features)
     layer.lora_dropout["default"].p = 0.0
     assert torch.allclose(layer(x), layer_of()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+def test_a_product_that_nothing_depends_on_moves_nothing(hashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraLinear, "hashes_dropout", hashes)
+    layer, x = layer_of(dropout=0.3), torch.randn(4, WIDTH, requires_grad=True)
+    learned = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    product = hands_nothing_on(layer(x))
+    assert torch.autograd.grad(product.sum(), learned, allow_unused=True) == (None, None, None)
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+def test_no_zeros_are_made_for_what_is_returned_beside_a_product(hashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing depends on it but the gradient."""
+    monkeypatch.setattr(LoraLinear, "hashes_dropout", hashes)
+    layer, x = layer_of(dropout=0.3), torch.randn(4, WIDTH, requires_grad=True)
+    if hashes:  # what is dropped there is set to 0 by PyTorch's own operations, whose gradient makes some
+        monkeypatch.setattr("pykalm.model.lora.without_some", lambda x, p, number: x * 1)
+    product = layer(x)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(product, [x, layer.lora_A["default"].weight], torch.ones_like(product))
+    assert "aten::zeros" not in {event.name for event in profile.events() or []}
