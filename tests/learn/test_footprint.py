@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pykalm import api
-from pykalm.bench.machine import resident_bytes
 from pykalm.config import ObjectiveSettings
 from pykalm.errors import TrainingError
 from pykalm.graph.known import known_answers
@@ -25,7 +24,7 @@ from pykalm.learn.footprint import (
     peak_bytes,
 )
 from pykalm.learn.step import joint_gradient
-from pykalm.memory import format_size, parse_size
+from pykalm.memory import format_size, parse_size, resident_bytes
 from pykalm.model import packed_weights
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
@@ -237,9 +236,15 @@ def test_a_run_keeps_the_passes_that_its_budget_chose(train: Train, tmp_path: Pa
     assert resumed(**{"training.memory": None, "training.memory_tokens": 5, "training.chunk_tokens": 256}) == (5, 256)
 
 
-def test_a_budget_below_what_is_there_is_refused(train: Train) -> None:
+def test_a_budget_below_what_is_there_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the model alone is beyond at once: before the base model writes its texts."""
+    with monkeypatch.context() as patched:
+        patched.setattr("pykalm.model.run.write_own_texts", lambda *_, **__: pytest.fail("texts were written"))
+        refused = r"wanted more than the .* and the libraries take .*, found 1\.0 MB\. Give more"
+        with pytest.raises(TrainingError, match=refused):
+            train(**{"training.memory": "1MB", "objective.kl_weight": 0.1})
     with pytest.raises(TrainingError, match=r"training\.memory: wanted at least .* for one row of 128 tokens"):
-        train(**{"training.memory": "1MB"})
+        train(**{"training.memory": f"{21 * resident_bytes() // 20}"})
 
 
 def test_running_out_of_memory_while_measuring_is_explained(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +253,7 @@ def test_running_out_of_memory_while_measuring_is_explained(train: Train, monkey
 
     monkeypatch.setattr(api, "measure_footprint", refuse)
     with pytest.raises(TrainingError, match=r"out of memory: .*2 GiB\. .*lower training\.row_tokens"):
-        train(**{"training.memory": "3GB"})
+        train(**{"training.memory": f"{3 * resident_bytes()}"})
 
 
 def _train_and_report(arguments: list[str], report: str) -> None:

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import psutil
 import torch
 
 from pykalm.bench.timing import time_call
+from pykalm.memory import resident_bytes
 from pykalm.model.products import products
 
 T = TypeVar("T")
@@ -155,8 +155,3 @@ class _ResidentPeak:
     def above(self) -> int:
         """Return the largest set seen, above the one at the start."""
         return self.largest - self.before
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process holds."""
-    return int(psutil.Process().memory_info().rss)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +16,7 @@ from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.learn.step import chunks_that_fit
-from pykalm.memory import format_size
+from pykalm.memory import format_size, resident_bytes
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
 from pykalm.model.operations import FUNCTIONS
@@ -204,7 +203,7 @@ def _resident_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_reserved(device))
-    return int(psutil.Process().memory_info().rss)
+    return resident_bytes()
 
 
 def _some_rows(encoder: Encoder, builder: BatchBuilder, triples: IntArray) -> TokenTrie:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from pykalm.config import Config, TextSettings, load_kept_config
-from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError, UsageError
+from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunError, TrainingError, UsageError
 from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
-from pykalm.memory import explained_memory
+from pykalm.memory import explained_memory, format_size, resident_bytes
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
@@ -109,6 +109,7 @@ def new_run(path: Path, config: Config, graph: KnowledgeGraph, *, progress: Prog
     config = config.settled()
     with explained_memory(MEMORY_REMEDY):
         language_model = load_base(config)
+    _require_memory(config, language_model)
     own_texts = _own_texts(config, language_model, progress)  # before there is an adapter
     with explained_memory(MEMORY_REMEDY):
         run = build_run(path, config, graph, language_model, temperature=config.objective.temperature)
@@ -129,6 +130,16 @@ def reopen_run(path: Path, config: Config, graph: KnowledgeGraph) -> Run:
         return run
     with failing_together():
         return replace(run, own_texts=OwnTexts.load(path / OWN_TEXTS))
+
+
+def _require_memory(config: Config, base: LanguageModel) -> None:
+    """Raise TrainingError where a budget is less than what is held before anything is measured, on a CPU."""
+    budget, held = config.training.memory, resident_bytes()
+    if budget is not None and next(base.model.parameters()).device.type == "cpu" and budget < held:
+        raise TrainingError(
+            f"training.memory: wanted more than the {format_size(held)} that {config.model} and the libraries take before the "
+            f"first text, found {format_size(budget)}. Give more, or take a smaller model."
+        )
 
 
 def _own_texts(config: Config, base: LanguageModel, progress: Progress | None) -> OwnTexts:
