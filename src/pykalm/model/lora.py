@@ -88,8 +88,10 @@ def _product(
     """
     with torch.autocast("cpu", enabled=False):
         rows = _rows(x)
-        nothing = rows.new_empty(0), torch.empty(0, dtype=torch.int32)
-        kept, places = nothing if number is None else _dropped(rows, p, int(number))
+        if number is None:
+            kept, places = rows.new_empty(0), torch.empty(0, dtype=torch.int32)
+        else:
+            kept, places = _dropped(rows, p, int(number))
         narrowing, widening = a.to(rows.dtype), _scaled(b, factor, rows.dtype)
         result, narrow = _adapted(rows, rows if number is None else kept, weight, bias, narrowing, widening)
     return result.view(*x.shape[:-1], len(weight)), narrow, places, kept
