@@ -4,8 +4,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-import psutil
-
 from pykalm.errors import KalmError, OutOfMemoryError
 
 # torch says it in a RuntimeError, on every kind of device in other words.
@@ -35,11 +33,6 @@ def format_size(num_bytes: float) -> str:
     """Write bytes in the largest unit that leaves a whole number before the point, as in 3.2 GB."""
     power = next((power for power in (4, 3, 2, 1) if num_bytes >= 1000**power), 0)
     return f"{num_bytes / 1000**power:.{1 if power else 0}f} {('', 'k', 'M', 'G', 'T')[power]}B"
-
-
-def resident_bytes() -> int:
-    """Return the memory of the machine that this process holds."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

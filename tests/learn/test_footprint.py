@@ -24,11 +24,12 @@ from pykalm.learn.footprint import (
     peak_bytes,
 )
 from pykalm.learn.step import joint_gradient
-from pykalm.memory import format_size, parse_size, resident_bytes
+from pykalm.memory import format_size, parse_size
 from pykalm.model import packed_weights
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.matmul_attention import NAME as MATMUL_ATTENTION
 from pykalm.model.packed_weights import pack_frozen_weights
+from pykalm.model.resident import resident_bytes
 from pykalm.model.run import read_run_config
 from pykalm.text.trie import row_group
 from tests.laws.common import tiny_encoder, tiny_graph, tiny_verbalizer

@@ -16,8 +16,8 @@ from typing import Generic, TypeVar
 import torch
 
 from pykalm.bench.timing import time_call
-from pykalm.memory import resident_bytes
 from pykalm.model.products import products
+from pykalm.model.resident import resident_bytes
 
 T = TypeVar("T")
 

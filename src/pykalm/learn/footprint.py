@@ -16,10 +16,11 @@ from pykalm.errors import TrainingError
 from pykalm.learn.batches import BatchBuilder
 from pykalm.learn.losses import completion_loss_sum, dual_view_loss, kl_sum
 from pykalm.learn.step import chunks_that_fit
-from pykalm.memory import format_size, resident_bytes
+from pykalm.memory import format_size
 from pykalm.model.encoder import Encoder, pooled
 from pykalm.model.likelihood import LOGITS_AT_ONCE
 from pykalm.model.operations import FUNCTIONS
+from pykalm.model.resident import resident_bytes
 from pykalm.model.side_by_side import AHEAD
 from pykalm.text.texts import IntArray
 from pykalm.text.trie import RowGroup, TokenTrie, row_group

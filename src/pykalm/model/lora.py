@@ -138,13 +138,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, _, a, b, number, ctx.factor, _ = inputs
     _, narrow, places, kept = output
     ctx.save_for_backward(x if number is None else kept, weight, a, b, narrow, places)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients at x, A and B, where they are asked for."""
-    if gradient is None:  # nothing depends on the product
-        return (None,) * 8
     at_input = bool(ctx.needs_input_grad[0])
     at_x, at_a, at_b = _gradients(gradient, *ctx.saved_tensors, ctx.factor, at_input)
     return at_x if at_input else None, None, None, at_a, at_b, None, None, None
@@ -195,13 +192,10 @@ def _(
 def _keep_beside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, kept, weight, _, a, b = inputs
     ctx.save_for_backward(kept, weight, a, b, output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_beside(ctx: Any, gradient: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_beside(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients at x, kept, a and b, where they are asked for."""
-    if gradient is None:
-        return (None,) * 6
     at_input = bool(ctx.needs_input_grad[0])
     at_x, at_kept, at_a, at_b = _gradients_beside(gradient, *ctx.saved_tensors, at_input)
     return (at_x, at_kept, None, None, at_a, at_b) if at_input else (None, None, None, None, at_a, at_b)

@@ -126,12 +126,9 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, _, *places = inputs
     ctx.save_for_backward(query, key, value, output[1], *places)
-    ctx.set_materialize_grads(False)  # nobody asks for those at the weights
 
 
-def _backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if gradient is None:  # nothing depends on what is mixed
-        return (None,) * 11
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *_gradients(gradient, *ctx.saved_tensors), *(None,) * 8
 
 

@@ -42,5 +42,18 @@ def shapes_of(made: Operation) -> Callable[[Function], Function]:
 
 
 def gradient_of(made: Operation, backward: Callable[..., Any], *, keep: Callable[..., None]) -> None:
-    """Give an operation a gradient, from what is kept of its call."""
-    torch.library.register_autograd(made, backward, setup_context=keep, lib=_library)
+    """Give an operation a gradient, from what is kept of its call and the gradient at its first result.
+
+    What it returns beside that is for its gradient alone. So no zeros are made for what nothing depends on.
+    """
+    count = len(made._schema.arguments)
+
+    def kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        keep(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    def handed_on(ctx: Any, gradient: torch.Tensor | None, *beside: torch.Tensor | None) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = (None,) * count if gradient is None else backward(ctx, gradient)
+        return found
+
+    torch.library.register_autograd(made, handed_on, setup_context=kept, lib=_library)

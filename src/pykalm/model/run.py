@@ -25,7 +25,7 @@ from pykalm.errors import ConfigError, GraphError, KalmError, ModelError, RunErr
 from pykalm.files import READ_ATTEMPTS, replace_file, standing_folder
 from pykalm.graph.catalogue import load_graph
 from pykalm.graph.graph import KnowledgeGraph
-from pykalm.memory import explained_memory, format_size, resident_bytes
+from pykalm.memory import explained_memory, format_size
 from pykalm.model.adapters import add_adapter, load_adapter, save_adapter
 from pykalm.model.encoder import Encoder, Progress
 from pykalm.model.load import LanguageModel, load_language_model, resolve_device
@@ -34,6 +34,7 @@ from pykalm.model.own_texts import REMEDY as OWN_TEXTS_REMEDY
 from pykalm.model.own_texts import OwnTexts, first_token, write_own_texts
 from pykalm.model.packed_weights import pack_frozen_weights
 from pykalm.model.packing import choose_passes, require_own_logits, require_room, suit_rows
+from pykalm.model.resident import resident_bytes
 from pykalm.model.sharding import wants_sharding
 from pykalm.processes import all_threads, failing_together, gather, join, on_main
 from pykalm.processes import device as process_device
